@@ -1,0 +1,171 @@
+"""The data that flows through the engine: requests, sequences, events and the configuration. No torch."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+from npc_runtime.errors import WireError
+
+__all__ = [
+    "EndReason",
+    "Ended",
+    "EngineConfig",
+    "EngineStats",
+    "Event",
+    "Request",
+    "SamplingParams",
+    "Sequence",
+    "Spoken",
+    "Started",
+    "StepOutput",
+]
+
+
+class EndReason(StrEnum):
+    """Why a line ended; the words of `line.end.reason`."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    OVERLOAD = "overload"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Sizes of the engine. `kv_tokens` bounds prompt + reply of all running lines together."""
+
+    block_size: int = 16
+    kv_tokens: int = 16_384
+    max_rows: int = 64
+    max_step_tokens: int = 512
+    max_waiting: int = 1_024
+    max_adapter_pages: int = 64
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks in the cache."""
+        return self.kv_tokens // self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one line is sampled and where it ends; every value is already resolved and valid."""
+
+    seed: int
+    max_tokens: int
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    trim: Literal["none", "sentence"] = "none"
+    soft_words: int = 0  # with trim "sentence": a line ends at the first sentence end after so many words
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One line to generate. `id` is unique in the engine; `group` is what the client sent together."""
+
+    id: int
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    arrival: float  # seconds, the engine's clock
+    adapter: str | None = None  # name in the adapter store
+    group: Hashable = None
+    priority: int = 5
+    deadline: float | None = None  # seconds, the engine's clock
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A request while the engine works on it."""
+
+    request: Request
+    blocks: list[int] = field(default_factory=list)
+    output_ids: list[int] = field(default_factory=list)
+    is_admitted: bool = False  # holds its adapter
+    num_computed: int = 0  # tokens whose keys and values are in the cache
+    started_at: float | None = None
+    first_text_at: float | None = None
+    num_steps: int = 0
+    sum_rows: int = 0  # rows of all its steps, for the average batch size
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and reply so far."""
+        return len(self.request.prompt_ids) + len(self.output_ids)
+
+    @property
+    def max_tokens(self) -> int:
+        """The most KV slots this line can ever need; the last sampled token is never fed back."""
+        return len(self.request.prompt_ids) + self.request.sampling.max_tokens - 1
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Token ids `[start, stop)` of prompt and reply."""
+        num_prompt = len(self.request.prompt_ids)
+        prompt = self.request.prompt_ids[start:stop]
+        return [*prompt, *self.output_ids[max(start - num_prompt, 0) : max(stop - num_prompt, 0)]]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The line got its first forward pass."""
+
+    request_id: int
+    queue_ms: float
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """More text of a line; whole characters."""
+
+    request_id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The line is over; nothing about it follows. `text` is the authority over what was spoken."""
+
+    request_id: int
+    reason: EndReason
+    text: str = ""
+    num_prompt: int = 0
+    num_completion: int = 0
+    queue_ms: float = 0.0
+    first_text_ms: float | None = None
+    total_ms: float = 0.0
+    tokens_per_s: float = 0.0
+    batch_avg: float = 0.0
+    error: WireError | None = None
+
+
+Event = Started | Spoken | Ended
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step brought: its events, and the groups that its one base forward served (none: no forward)."""
+
+    events: tuple[Event, ...]
+    groups: frozenset[Hashable] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for `status`."""
+
+    num_running: int
+    num_waiting: int
+    num_forwards: int
+    num_tokens: int  # generated since start
+    tokens_per_s: float  # generated, over the last seconds of work
+    kv_blocks_used: int
+    kv_blocks_total: int
+    adapters_resident: tuple[str, ...]

@@ -1,0 +1,236 @@
+"""The engine thread: takes commands, plans a step, runs it, samples, and reports what was said.
+
+`submit` and `cancel` may be called from any thread; the outcome of every step is handed to `on_step` on the
+engine thread. Whatever happens, every submitted line gets exactly one `Ended`.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from npc_runtime.engine.adapters import AdapterStore
+from npc_runtime.engine.core import (
+    Ended,
+    EndReason,
+    EngineConfig,
+    EngineStats,
+    Event,
+    Request,
+    Sequence,
+    Spoken,
+    Started,
+    StepOutput,
+)
+from npc_runtime.engine.ending import LineText
+from npc_runtime.engine.model import Decoder
+from npc_runtime.engine.runner import Runner
+from npc_runtime.engine.sampler import sample
+from npc_runtime.engine.scheduler import PlannedRow, Scheduler
+from npc_runtime.engine.tokenizer import ChatTokenizer
+from npc_runtime.errors import InternalError, OutOfMemory, WireError
+
+__all__ = ["Engine"]
+
+logger = logging.getLogger(__name__)
+
+JOIN_TIMEOUT_S = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Submit:
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    ids: frozenset[int]
+
+
+class Engine:
+    """Owns the scheduler, the runner and the thread that drives them."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: ChatTokenizer,
+        adapters: AdapterStore,
+        config: EngineConfig,
+        *,
+        on_step: Callable[[StepOutput], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._adapters = adapters
+        self._scheduler = Scheduler(config)
+        self._runner = Runner(decoder, adapters, config)
+        self._texts: dict[int, LineText] = {}
+        self._on_step = on_step
+        self._clock = clock
+        self._commands: queue.SimpleQueue[_Submit | _Cancel | None] = queue.SimpleQueue()
+        self._recent: deque[tuple[float, float, int]] = deque(maxlen=64)  # start, end, tokens of a step
+        self._num_generated = 0
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queue lines that belong together; they are admitted by the same step as far as there is room."""
+        self._commands.put(_Submit(tuple(requests)))
+
+    def cancel(self, ids: Iterable[int]) -> None:
+        """End these lines before the next step; ids that are over already are ignored."""
+        self._commands.put(_Cancel(frozenset(ids)))
+
+    def close(self) -> None:
+        """End every line as cancelled and stop the thread, waiting at most for one step."""
+        self._commands.put(None)
+        if self._thread.is_alive():
+            self._thread.join(JOIN_TIMEOUT_S)
+
+    def stats(self) -> EngineStats:
+        """A snapshot, taken without stopping the engine."""
+        recent = list(self._recent)
+        seconds = sum(end - start for start, end, _ in recent)
+        return EngineStats(
+            num_running=len(self._scheduler.running),
+            num_waiting=self._scheduler.num_waiting,
+            num_forwards=self._runner.num_forwards,
+            num_tokens=self._num_generated,
+            tokens_per_s=sum(count for _, _, count in recent) / seconds if seconds else 0.0,
+            kv_blocks_used=self._scheduler.blocks.num_used,
+            kv_blocks_total=self._scheduler.blocks.num_blocks,
+            adapters_resident=self._adapters.resident,
+        )
+
+    def step(self, *, wait: bool = False) -> None:
+        """Take commands (with `wait`, sleep until there is one), run one step and report it.
+
+        Only the engine thread, or a test without one, calls this.
+        """
+        events = self._take_commands(wait)
+        events += [self._ended(s, EndReason.DEADLINE) for s in self._scheduler.remove_expired(self._clock())]
+        rows = self._scheduler.plan(self._admit)
+        groups = frozenset(row.sequence.request.group for row in rows)
+        if rows:
+            try:
+                events += self._run_rows(rows)
+            except Exception as error:  # a defect or a full device must not take the daemon along
+                logger.exception("a step of %d rows failed", len(rows))
+                events += self._fail_running(error)
+                groups = frozenset()
+        if events or groups:
+            self._on_step(StepOutput(tuple(events), groups))
+
+    def check_integrity(self) -> None:
+        """Assert that nothing leaked; tests call it between steps."""
+        self._scheduler.check_integrity()
+        self._adapters.check_integrity()
+
+    def _run(self) -> None:
+        while not self._closing:
+            self.step(wait=not self._scheduler.has_work)
+        ended = [self._ended(sequence, EndReason.CANCELLED) for sequence in self._scheduler.remove_all()]
+        self._on_step(StepOutput(tuple(ended)))
+
+    def _take_commands(self, wait: bool) -> list[Event]:
+        events: list[Event] = []
+        while wait or not self._commands.empty():
+            command = self._commands.get()
+            wait = False
+            if command is None:
+                self._closing = True
+            elif isinstance(command, _Cancel):
+                removed = self._scheduler.remove(command.ids)
+                events += [self._ended(sequence, EndReason.CANCELLED) for sequence in removed]
+            else:
+                events += [event for request in command.requests for event in self._add(request)]
+        return events
+
+    def _add(self, request: Request) -> list[Event]:
+        try:
+            self._scheduler.add(request)
+        except WireError as error:
+            return [Ended(request.id, EndReason.ERROR, num_prompt=len(request.prompt_ids), error=error)]
+        self._texts[request.id] = LineText(self._tokenizer, request.sampling)
+        return []
+
+    def _admit(self, sequence: Sequence) -> bool:
+        name = sequence.request.adapter
+        sequence.is_admitted = name is None or self._adapters.acquire(name)
+        return sequence.is_admitted
+
+    def _run_rows(self, rows: list[PlannedRow]) -> list[Event]:
+        started_at = self._clock()
+        events = [self._started(row.sequence, started_at, len(rows)) for row in rows if row.start == 0]
+        logits = self._runner.forward(rows)
+        sampling = [row.sequence for row in rows if row.samples]
+        tokens = sample(logits, sampling, self._tokenizer.eos_ids)
+        now = self._clock()
+        for row in rows:
+            row.sequence.num_computed = row.stop
+            row.sequence.num_steps += 1
+            row.sequence.sum_rows += len(rows)
+        for sequence, token in zip(sampling, tokens, strict=True):
+            events += self._say(sequence, token, now)
+        self._recent.append((started_at, now, len(tokens)))
+        self._num_generated += len(tokens)
+        return events
+
+    def _started(self, sequence: Sequence, now: float, num_rows: int) -> Event:
+        sequence.started_at = now
+        return Started(sequence.request.id, 1000 * (now - sequence.request.arrival), num_rows)
+
+    def _say(self, sequence: Sequence, token: int, now: float) -> list[Event]:
+        """Add a sampled token to its line; the end token itself is counted but not said."""
+        text = self._texts[sequence.request.id]
+        sequence.output_ids.append(token)
+        delta = text.finish(EndReason.STOP) if token in self._tokenizer.eos_ids else text.push(token)
+        if delta and sequence.first_text_at is None:
+            sequence.first_text_at = now
+        events: list[Event] = [Spoken(sequence.request.id, delta)] if delta else []
+        if text.end is not None:
+            self._scheduler.remove([sequence.request.id])
+            events.append(self._ended(sequence, text.end))
+        return events
+
+    def _ended(self, sequence: Sequence, reason: EndReason, error: WireError | None = None) -> Event:
+        """Close the books of a line that the scheduler has let go."""
+        request, now = sequence.request, self._clock()
+        text = self._texts.pop(request.id)
+        if text.end is None:
+            text.finish(reason)
+        started, first = sequence.started_at, sequence.first_text_at
+        if sequence.is_admitted and request.adapter is not None:
+            self._adapters.release(request.adapter)
+        seconds = now - started if started is not None else 0.0
+        return Ended(
+            request_id=request.id,
+            reason=reason,
+            text=text.text,
+            num_prompt=len(request.prompt_ids),
+            num_completion=len(sequence.output_ids),
+            queue_ms=1000 * ((started if started is not None else now) - request.arrival),
+            first_text_ms=None if first is None else 1000 * (first - request.arrival),
+            total_ms=1000 * (now - request.arrival),
+            tokens_per_s=len(sequence.output_ids) / seconds if seconds > 0 else 0.0,
+            batch_avg=sequence.sum_rows / sequence.num_steps if sequence.num_steps else 0.0,
+            error=error,
+        )
+
+    def _fail_running(self, error: Exception) -> list[Event]:
+        wire: WireError
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            wire = OutOfMemory("The device ran out of memory in a step.", "Send fewer lines at once.")
+        else:
+            wire = InternalError("A step of the engine failed.", "The daemon's log has the details; report it.")
+        failed = self._scheduler.remove([sequence.request.id for sequence in self._scheduler.running])
+        return [self._ended(sequence, EndReason.ERROR, wire) for sequence in failed]

@@ -1,0 +1,283 @@
+"""The Llama-family decoder over the kernel functions: Llama 2/3.x, SmolLM2/3, Mistral, Qwen2.5, Qwen3.
+
+Holds the base weights and computes logits for one step of many rows. It does not know where KV blocks or
+adapter pages come from; `BatchMetadata` says which to use.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from npc_kernels import reference as kernels
+from npc_kernels.batch import BatchMetadata, LoraSpan
+from torch import Tensor
+
+from npc_runtime.errors import StartupError
+
+__all__ = ["Decoder", "KvCache", "ModelShape", "PageLayout"]
+
+FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+"""RoPE variants whose frequencies do not depend on the length of the text."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes of a base; everything that an adapter or a KV cache must agree with."""
+
+    num_layers: int
+    hidden: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab: int
+    context: int
+    norm_eps: float
+
+    @classmethod
+    def from_config(cls, config: Any) -> "ModelShape":
+        """Read a transformers configuration. Raises `StartupError` for a variant that is not computed here."""
+        if getattr(config, "mlp_bias", False) or config.hidden_act != "silu":
+            raise StartupError(
+                f"This {config.model_type} variant is not supported (mlp_bias={getattr(config, 'mlp_bias', False)}, "
+                f"hidden_act={config.hidden_act}).",
+                "Use the model as it was published by its authors.",
+            )
+        # Inside the sliding window, windowed and full attention are the same thing.
+        window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+        return cls(
+            num_layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            vocab=config.vocab_size,
+            context=min(config.max_position_embeddings, window),
+            norm_eps=config.rms_norm_eps,
+        )
+
+    @property
+    def q_size(self) -> int:
+        """Outputs of q_proj."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Outputs of k_proj, and of v_proj."""
+        return self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """Where each layer's linear groups lie in an adapter page of this base."""
+
+    layers: tuple[tuple[LoraSpan, LoraSpan, LoraSpan, LoraSpan], ...]  # qkv, o, gate_up, down
+    num_elements: int
+
+    @classmethod
+    def of(cls, shape: ModelShape) -> "PageLayout":
+        """Lay the groups out one behind the other, layer by layer."""
+        groups = (
+            (shape.hidden, (shape.q_size, shape.kv_size, shape.kv_size)),
+            (shape.q_size, (shape.hidden,)),
+            (shape.hidden, (shape.intermediate, shape.intermediate)),
+            (shape.intermediate, (shape.hidden,)),
+        )
+        layers, start = [], 0
+        for _ in range(shape.num_layers):
+            spans = []
+            for in_features, out_features in groups:
+                spans.append(LoraSpan(start, in_features, out_features))
+                start = spans[-1].stop
+            layers.append((spans[0], spans[1], spans[2], spans[3]))
+        return cls(tuple(layers), start)
+
+
+@dataclass(frozen=True, slots=True)
+class KvCache:
+    """Keys and values of all layers in blocks."""
+
+    keys: Tensor  # (num_layers, num_blocks, block_size, num_kv_heads, head_dim)
+    values: Tensor  # like keys
+
+    @classmethod
+    def allocate(
+        cls, shape: ModelShape, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> "KvCache":
+        """Zeros, so that a masked slot can never hold a NaN."""
+        size = (shape.num_layers, num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
+        return cls(
+            torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Tensor
+    o_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+    rotates: bool  # SmolLM3 leaves some layers without RoPE
+
+
+class Decoder:
+    """The base model. `forward` is the one place where its weights are read."""
+
+    def __init__(self, config: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take the weights, fusing q/k/v and gate/up. Raises `StartupError` naming what is missing or misshapen."""
+        self.shape = ModelShape.from_config(config)
+        self.layout = PageLayout.of(self.shape)
+        weights = _Weights(dict(tensors))
+        self.embedding = weights.take("model.embed_tokens.weight", self.shape.vocab, self.shape.hidden)
+        rotates = getattr(config, "no_rope_layers", None) or [1] * self.shape.num_layers
+        self._layers = [
+            _take_layer(weights, self.shape, index, bool(rotates[index])) for index in range(self.shape.num_layers)
+        ]
+        self._norm = weights.take("model.norm.weight", self.shape.hidden)
+        head = "lm_head.weight"
+        self.head = (
+            self.embedding
+            if config.tie_word_embeddings or not weights.has(head)
+            else weights.take(head, self.shape.vocab, self.shape.hidden)
+        )
+        self._cos, self._sin = _rope_tables(config, self.shape, self.embedding.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and activations."""
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.embedding.device
+
+    def forward(
+        self,
+        token_ids: Tensor,  # (num_tokens,) int64
+        batch: BatchMetadata,
+        kv: KvCache,
+    ) -> Tensor:  # (num_sampled, vocab) float32
+        """One pass over all rows of the step: writes their keys and values, returns the wanted logits."""
+        hidden = self.embedding[token_ids]
+        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
+        for index, layer in enumerate(self._layers):
+            spans = self.layout.layers[index]
+            x = kernels.rms_norm(hidden, layer.input_norm, self.shape.norm_eps)
+            qkv = _project(x, layer.qkv, layer.qkv_bias, batch, spans[0])
+            attended = self._attend(index, layer, qkv, cos, sin, batch, kv)
+            hidden = hidden + _project(attended, layer.o, layer.o_bias, batch, spans[1])
+            x = kernels.rms_norm(hidden, layer.mlp_norm, self.shape.norm_eps)
+            x = kernels.silu_mul(_project(x, layer.gate_up, None, batch, spans[2]))
+            hidden = hidden + _project(x, layer.down, None, batch, spans[3])
+        last = kernels.rms_norm(hidden[batch.last_tokens], self._norm, self.shape.norm_eps)
+        return kernels.linear(last, self.head).float()
+
+    def _attend(
+        self,
+        index: int,
+        layer: _Layer,
+        qkv: Tensor,  # (num_tokens, q_size + 2 * kv_size)
+        cos: Tensor,
+        sin: Tensor,
+        batch: BatchMetadata,
+        kv: KvCache,
+    ) -> Tensor:  # (num_tokens, q_size)
+        shape = self.shape
+        q, k, v = qkv.split((shape.q_size, shape.kv_size, shape.kv_size), dim=-1)
+        q = q.view(-1, shape.num_heads, shape.head_dim)
+        k = k.view(-1, shape.num_kv_heads, shape.head_dim)
+        v = v.view(-1, shape.num_kv_heads, shape.head_dim)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = kernels.rms_norm(q, layer.q_norm, shape.norm_eps)
+            k = kernels.rms_norm(k, layer.k_norm, shape.norm_eps)
+        if layer.rotates:
+            q, k = kernels.apply_rope(q, cos, sin), kernels.apply_rope(k, cos, sin)
+        kernels.write_kv(k, v, kv.keys[index], kv.values[index], batch.kv_slots)
+        return kernels.paged_attention(q, kv.keys[index], kv.values[index], batch).flatten(1)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, batch: BatchMetadata, span: LoraSpan) -> Tensor:
+    """The base GEMM, and on top of it what each row's own adapter adds."""
+    out = kernels.linear(x, weight, bias)
+    if batch.lora is not None:
+        shrunk = kernels.lora_shrink(x, batch.lora.pages, batch.lora.mask, span)
+        kernels.lora_expand(shrunk, batch.lora.pages, span, out)
+    return out
+
+
+class _Weights:
+    """Tensors by name, each taken once, its shape checked."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def has(self, name: str) -> bool:
+        return name in self._tensors
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        if name not in self._tensors:
+            raise StartupError(f"The base has no tensor {name}.", "Fetch the model again.")
+        tensor = self._tensors.pop(name)
+        if tensor.shape != shape:
+            raise StartupError(
+                f"{name} of the base has shape {tuple(tensor.shape)}, config.json asks for {shape}.",
+                "Configuration and weights are of different models; fetch the model again.",
+            )
+        return tensor
+
+    def take_optional(self, name: str, *shape: int) -> Tensor | None:
+        return self.take(name, *shape) if self.has(name) else None
+
+
+def _take_layer(weights: _Weights, shape: ModelShape, index: int, rotates: bool) -> _Layer:
+    prefix = f"model.layers.{index}"
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    sizes = {"q": shape.q_size, "k": shape.kv_size, "v": shape.kv_size}
+    qkv = [weights.take(f"{attention}.{name}_proj.weight", size, shape.hidden) for name, size in sizes.items()]
+    biases = [weights.take_optional(f"{attention}.{name}_proj.bias", size) for name, size in sizes.items()]
+    gate_up = [
+        weights.take(f"{mlp}.{name}_proj.weight", shape.intermediate, shape.hidden) for name in ("gate", "up")
+    ]
+    present = [bias for bias in biases if bias is not None]
+    return _Layer(
+        input_norm=weights.take(f"{prefix}.input_layernorm.weight", shape.hidden),
+        qkv=torch.cat(qkv),
+        qkv_bias=torch.cat(present) if len(present) == len(biases) else None,
+        q_norm=weights.take_optional(f"{attention}.q_norm.weight", shape.head_dim),
+        k_norm=weights.take_optional(f"{attention}.k_norm.weight", shape.head_dim),
+        o=weights.take(f"{attention}.o_proj.weight", shape.hidden, shape.q_size),
+        o_bias=weights.take_optional(f"{attention}.o_proj.bias", shape.hidden),
+        mlp_norm=weights.take(f"{prefix}.post_attention_layernorm.weight", shape.hidden),
+        gate_up=torch.cat(gate_up),
+        down=weights.take(f"{mlp}.down_proj.weight", shape.hidden, shape.intermediate),
+        rotates=rotates,
+    )
+
+
+def _rope_tables(config: Any, shape: ModelShape, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position, `(context, head_dim / 2)`, float32."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    kind = config.rope_parameters["rope_type"]
+    if kind not in FIXED_ROPES:
+        raise StartupError(
+            f"RoPE of type {kind} is not supported.", f"Supported types are {', '.join(FIXED_ROPES)}."
+        )
+    scaling = 1.0
+    if kind == "default":
+        exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+        frequencies = 1.0 / (config.rope_parameters["rope_theta"] ** exponents)
+    else:
+        init: Callable[..., tuple[Tensor, float]] = ROPE_INIT_FUNCTIONS[kind]
+        frequencies, scaling = init(config)
+    angles = torch.arange(shape.context, dtype=torch.float32)[:, None] * frequencies[None]
+    return (angles.cos() * scaling).to(device), (angles.sin() * scaling).to(device)

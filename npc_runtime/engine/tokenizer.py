@@ -1,0 +1,138 @@
+"""Text to token ids and back, in the base's own chat template."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from npc_runtime.errors import StartupError
+
+__all__ = ["ChatTokenizer", "Decoder", "IncrementalText", "RenderedPrompt"]
+
+logger = logging.getLogger(__name__)
+
+# For a base without a chat template; documented in the README.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ {'system': '', 'user': 'Player: ', 'assistant': 'Reply: '}[m['role']] }}"
+    "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}Reply:{% endif %}"
+)
+
+
+class Decoder(Protocol):
+    """Turns token ids into text."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Decode without special tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """A prompt as text and as token ids."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+class ChatTokenizer:
+    """The base's tokenizer and chat template. Thread-safe once made: nothing is written."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load from a model folder. Raises `StartupError` if there is no usable tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # transformers raises half a dozen unrelated types here
+            raise StartupError(
+                f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).",
+                "The folder needs the tokenizer.json that was published with the model.",
+            ) from error
+        if self._tokenizer.chat_template is None:
+            logger.warning("%s has no chat template; a plain 'Player: / Reply:' form is used", folder)
+            self._tokenizer.chat_template = PLAIN_TEMPLATE
+        self.eos_ids = self._find_eos(folder)
+        added = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = sorted({*added, *self._tokenizer.all_special_tokens}, key=len, reverse=True)
+
+    def render(self, messages: Sequence[dict[str, str]]) -> RenderedPrompt:
+        """Render chat messages up to where the reply begins.
+
+        Text of the player can never open a turn of its own: special tokens inside message content are taken
+        apart before the template is applied. A template that knows no system role gets the system text in
+        front of the first user message.
+        """
+        import jinja2
+
+        clean = [{**message, "content": self._defuse(message["content"])} for message in messages]
+        try:
+            text = self._apply(clean)
+        except jinja2.TemplateError:
+            text = self._apply(_fold_system(clean))
+        return RenderedPrompt(text, tuple(self._tokenizer.encode(text, add_special_tokens=False)))
+
+    def encode_reply(self, text: str) -> list[int]:
+        """Token ids of a reply and the end token behind it, as the model is to learn it."""
+        return [*self._tokenizer.encode(text, add_special_tokens=False), self._tokenizer.eos_token_id]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Decode without special tokens and without cleaning spaces up."""
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _apply(self, messages: list[dict[str, str]]) -> str:
+        text: str = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return text
+
+    def _defuse(self, text: str) -> str:
+        for token in self._special:
+            if token in text:
+                text = text.replace(token, " ".join(token))
+        return text
+
+    def _find_eos(self, folder: Path) -> frozenset[int]:
+        """Collect the end tokens of tokenizer, config and generation config; instruct models often have two."""
+        found: set[int] = set()
+        if self._tokenizer.eos_token_id is not None:
+            found.add(self._tokenizer.eos_token_id)
+        for name in ("config.json", "generation_config.json"):
+            if (folder / name).is_file():
+                value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+                found.update(value if isinstance(value, list) else [] if value is None else [value])
+        return frozenset(found)
+
+
+class IncrementalText:
+    """Decodes a growing list of tokens into whole characters, in constant time per token.
+
+    Only a window behind the last emitted character is decoded: first without, then with the new tokens; the
+    difference is new text, held back while it ends inside a character (U+FFFD).
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._ids: list[int] = []
+        self._window = 0  # first token of the window
+        self._read = 0  # tokens whose text was returned
+
+    def push(self, token_id: int) -> str:
+        """Add a token; return the text that is now complete, often empty for pieces of a character."""
+        self._ids.append(token_id)
+        known = self._decoder.decode(self._ids[self._window : self._read])
+        text = self._decoder.decode(self._ids[self._window :])
+        if len(text) <= len(known) or text.endswith("\ufffd"):
+            return ""
+        self._window, self._read = self._read, len(self._ids)
+        return text[len(known) :]
+
+
+def _fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Move a leading system message into the first user message."""
+    if len(messages) < 2 or messages[0]["role"] != "system":
+        return messages
+    system, first, *rest = messages
+    return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
