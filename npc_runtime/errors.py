@@ -2,6 +2,7 @@
 
     NpcError
     ├── StartupError            before the socket opens; the CLI prints it as one line
+    ├── DisconnectedError       a client's own: the connection to the daemon is gone
     └── WireError               has a `code`; reaches the client in `error`, `accepted` or `line.end`
         ├── AuthError               auth
         ├── ProtocolError           protocol
@@ -30,6 +31,7 @@ __all__ = [
     "AuthError",
     "ContextOverflow",
     "DeadlineError",
+    "DisconnectedError",
     "FormatUnsupported",
     "InternalError",
     "InvalidError",
@@ -60,6 +62,10 @@ class NpcError(Exception):
 
 class StartupError(NpcError):
     """The daemon cannot start: no base model, a busy port, a folder that does not exist."""
+
+
+class DisconnectedError(NpcError):
+    """The daemon closed the connection, cannot be reached, or did not answer in time."""
 
 
 class WireError(NpcError):

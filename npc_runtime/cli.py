@@ -1,0 +1,272 @@
+"""The command line. Data goes to stdout, chatter to stderr; an error is one line and exit status 1.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+import json
+import logging
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from npc_runtime import __version__
+from npc_runtime.errors import NpcError, StartupError
+
+if TYPE_CHECKING:
+    from npc_runtime.persona import Library
+
+__all__ = ["main"]
+
+DEFAULT_BASE = "smollm2-135m"
+DEFAULT_PORT = 4780
+
+app = typer.Typer(
+    help="Voices the NPCs of a game: one base model, a LoRA adapter per persona, one batch.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+persona_app = typer.Typer(help="List, check and render personas.", no_args_is_help=True)
+app.add_typer(persona_app, name="persona")
+
+
+class DType(StrEnum):
+    """What weights and activations are held in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    AUTO = "auto"
+
+
+Base = Annotated[str, typer.Option(help="The embedded base's name, or a model folder.", metavar="NAME|PATH")]
+Personas = Annotated[
+    Path | None,
+    typer.Option(help="Folder of persona folders; default ./personas if it exists, else the shipped ones."),
+]
+DTypeOption = Annotated[DType, typer.Option(help="auto: bfloat16 where the hardware multiplies it.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all physical cores.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"npc-runtime {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    base: Base = DEFAULT_BASE,
+    personas: Personas = None,
+    host: Annotated[str, typer.Option(help="Address to bind; anything but loopback needs the token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = DEFAULT_PORT,
+    dtype: DTypeOption = DType.AUTO,
+    threads: Threads = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Accept clients without a token (loopback only).")] = False,
+    project: Annotated[str | None, typer.Option(help="Name of the runtime file; default from --personas.")] = None,
+) -> None:
+    """Run the daemon until Ctrl-C. Its first line on stdout says port and token, as JSON."""
+    from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.daemon import Settings, run_daemon
+
+    _prepare_process()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("websockets").setLevel(logging.ERROR)
+    settings = Settings(
+        base=base,
+        personas=personas or _default_personas(),
+        host=host,
+        port=port,
+        dtype=dtype.value,
+        threads=threads,
+        needs_token=not no_auth,
+        project=project,
+    )
+    with progress_bars(stderr()) as report:
+        run_daemon(settings, report)
+
+
+@app.command()
+def demo(
+    as_json: AsJson = False,
+    text: Annotated[str | None, typer.Option(help="What is shouted in the tavern.")] = None,
+    base: Base = DEFAULT_BASE,
+    personas: Personas = None,
+    dtype: DTypeOption = DType.AUTO,
+    threads: Threads = None,
+) -> None:
+    """Start a daemon and play the tavern scene: one batch, a line for every persona."""
+    import asyncio
+
+    from rich.console import Console
+
+    from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.demo import SHOUT, default_serve_options, play, show
+    from npc_runtime.engine.embedded import EMBEDDED_BASE, ensure_embedded_base
+    from npc_runtime.persona import shipped_personas
+
+    _prepare_process()
+    chatter = stderr()
+    if base == EMBEDDED_BASE:
+        with progress_bars(chatter) as report:
+            ensure_embedded_base(report)
+    options = default_serve_options(
+        base=base, personas=personas or shipped_personas(), dtype=dtype.value, threads=threads
+    )
+    status = chatter.status(f"starting the daemon ({base}) …")
+    status.start()
+    try:
+        with show(Console(highlight=False), live=not as_json) as draw:
+            performance = asyncio.run(play(options, text or SHOUT, draw, status.stop))
+    finally:
+        status.stop()
+    if as_json:
+        typer.echo(performance.to_json())
+    else:
+        _print_totals(performance.totals)
+    if not performance.is_complete:
+        raise typer.Exit(1)
+
+
+@persona_app.command("list")
+def persona_list(personas: Personas = None, as_json: AsJson = False) -> None:
+    """List the personas of a folder."""
+    library = _load_library(personas)
+    rows = [{"id": p.id, "display_name": p.display_name, "adapter": p.adapter_name} for p in library]
+    if as_json:
+        typer.echo(json.dumps(rows, ensure_ascii=False))
+        return
+    for row in rows:
+        typer.echo(f"{row['id']:<16} {row['display_name']:<20} {row['adapter'] or 'prompt only'}")
+    for persona_id, problem in library.problems.items():
+        typer.echo(f"{persona_id:<16} unusable: {problem}")
+
+
+@persona_app.command("check")
+def persona_check(personas: Personas = None, base: Base = DEFAULT_BASE) -> None:
+    """Check every persona file and adapter against the base; exit status 1 if anything is wrong."""
+    from npc_runtime.console import progress_bars, stderr
+
+    _prepare_process()
+    library = _load_library(personas)
+    with progress_bars(stderr()) as report:
+        from npc_runtime.engine.checks import check_adapters
+
+        notes = check_adapters(library, base, report)
+    for persona in library:
+        problem = library.problems.get(persona.id)
+        typer.echo(f"{persona.id:<16} {problem or notes.get(persona.id, 'ok, prompt only')}")
+    for persona_id in library.problems.keys() - {persona.id for persona in library}:
+        typer.echo(f"{persona_id:<16} {library.problems[persona_id]}")
+    if library.problems:
+        raise typer.Exit(1)
+
+
+@persona_app.command("render")
+def persona_render(
+    persona_id: Annotated[str, typer.Argument(metavar="ID")],
+    text: Annotated[str, typer.Option(help="What the player says.")],
+    personas: Personas = None,
+    base: Base = DEFAULT_BASE,
+    as_json: AsJson = False,
+) -> None:
+    """Print the exact prompt of a line and its token ids."""
+    from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.engine.tokenizer import ChatTokenizer
+    from npc_runtime.engine.weights import resolve_base
+
+    _prepare_process()
+    persona = _load_library(personas).find(persona_id)
+    with progress_bars(stderr()) as report:
+        tokenizer = ChatTokenizer(resolve_base(base, report))
+    prompt = tokenizer.render(persona.messages([], text))
+    if as_json:
+        body = {"persona": persona.id, "prompt": prompt.text, "token_ids": list(prompt.token_ids)}
+        typer.echo(json.dumps(body, ensure_ascii=False))
+    else:
+        typer.echo(prompt.text)
+        typer.echo(f"{len(prompt.token_ids)} tokens", err=True)
+
+
+@app.command()
+def train(
+    folder: Annotated[Path, typer.Argument(help="The persona's folder, with lines.jsonl and heldout.jsonl.")],
+    base: Base = DEFAULT_BASE,
+    epochs: Annotated[int, typer.Option(min=1, max=100)] = 3,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Train a persona's adapter; the epoch with the lowest held-out loss is kept."""
+    from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.engine.weights import resolve_base
+    from npc_runtime.persona import Persona
+    from npc_runtime.train import Recipe, train_persona
+
+    _prepare_process()
+    persona = Persona.load(folder.resolve())
+    with progress_bars(stderr()) as report:
+        path = resolve_base(base, report)
+        label = f"training {persona.id}"
+        results = train_persona(
+            persona,
+            path,
+            base_name=base if base == DEFAULT_BASE else path.resolve().name,
+            recipe=Recipe(epochs=epochs, seed=seed),
+            on_step=lambda step, steps, _: report(label, step / steps),
+        )
+    for epoch in results:
+        kept = "  kept" if epoch.kept else ""
+        typer.echo(f"epoch {epoch.number}: train {epoch.train:.3f}, held-out {epoch.heldout:.3f}{kept}")
+
+
+def main() -> None:
+    """Run the command line; known errors become one line and exit status 1."""
+    try:
+        app()
+    except NpcError as error:
+        typer.echo(f"npc-runtime: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _prepare_process() -> None:
+    """Keep the libraries quiet and offline: models come from folders, never from a hub behind the user's back."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _default_personas() -> Path:
+    from npc_runtime.persona import shipped_personas
+
+    return Path("personas") if Path("personas").is_dir() else shipped_personas()
+
+
+def _load_library(personas: Path | None) -> "Library":
+    from npc_runtime.persona import Library
+
+    folder = personas or _default_personas()
+    if not folder.is_dir():
+        raise StartupError(f"--personas {folder}: there is no such folder.", "Name a folder of persona folders.")
+    return Library.load(folder)
+
+
+def _print_totals(totals: dict[str, object]) -> None:
+    typer.echo(
+        f"\n{totals['ok']} lines, {totals['tokens']} tokens in {float(str(totals['wall_ms'])) / 1000:.1f} s "
+        f"({totals['tokens_per_s']} tokens/s): {totals['forwards']} forward passes of the one base served them all."
+    )
+    typer.echo(
+        "\nWhat to try next:\n"
+        '  npc-runtime demo --text "There is a dragon on the roof!"\n'
+        "  npc-runtime serve                      the daemon for your game; PROTOCOL.md is what it speaks\n"
+        '  npc-runtime persona render odo --text "Hello."   the exact prompt of a line\n'
+        "  npc-runtime train personas/odo         train an adapter from lines.jsonl"
+    )

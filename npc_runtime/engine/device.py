@@ -1,0 +1,65 @@
+"""Which device and dtype to compute with, and whether torch can use the GPU that is in the machine."""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+__all__ = ["DTypeName", "Device", "choose_device", "explain_unused_gpu"]
+
+DTypeName = Literal["float32", "bfloat16", "auto"]
+
+CUDA_WHEELS = "https://download.pytorch.org/whl/cu130"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where the engine computes, as `welcome` reports it."""
+
+    torch_device: torch.device
+    dtype: torch.dtype
+    name: str
+
+    @property
+    def backend(self) -> str:
+        """What runs the kernels."""
+        return f"torch {torch.__version__}, reference kernels, {str(self.dtype).removeprefix('torch.')}"
+
+
+def choose_device(dtype: DTypeName) -> Device:
+    """Take the GPU if torch can use one. `auto` is bfloat16 where the hardware multiplies it, else float32."""
+    if torch.cuda.is_available():
+        device, name = torch.device("cuda"), torch.cuda.get_device_name()
+        has_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
+    else:
+        device, name = torch.device("cpu"), f"cpu, {torch.get_num_threads()} threads"
+        has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
+        dtype, torch.bfloat16 if has_bfloat16 else torch.float32
+    )
+    return Device(device, chosen, name)
+
+
+def explain_unused_gpu() -> str | None:
+    """Say what to install if there is an NVIDIA GPU but torch was built without CUDA; None if all is well."""
+    if torch.cuda.is_available() or not _has_nvidia_driver():
+        return None
+    if torch.version.cuda is not None:
+        return (
+            f"This machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it: its driver is older than "
+            f"CUDA {torch.version.cuda}. Update the NVIDIA driver. Until then everything runs on the CPU."
+        )
+    return (
+        f"This machine has an NVIDIA GPU, but torch {torch.__version__} is built for the CPU only. For the GPU: "
+        f"pip install --force-reinstall torch --index-url {CUDA_WHEELS} (cards older than the RTX 20 series: cu126)."
+    )
+
+
+def _has_nvidia_driver() -> bool:
+    if sys.platform == "win32":
+        return (Path(os.environ.get("SYSTEMROOT", r"C:\Windows")) / "System32" / "nvcuda.dll").is_file()
+    return Path("/proc/driver/nvidia/version").is_file() or shutil.which("nvidia-smi") is not None

@@ -1,0 +1,493 @@
+"""The wire protocol, version 1: every message as a model, and its two encodings.
+
+One message a frame: a map with `type`. `npc.v1.msgpack` sends binary frames, `npc.v1.json` text frames. This
+module is the definition; PROTOCOL.md and tests/golden/ are generated from it. It does no I/O.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from npc_runtime.errors import (
+    FormatUnsupported,
+    InvalidError,
+    ProtocolError,
+    UnsupportedError,
+    WireError,
+)
+from npc_runtime.persona import Context
+
+__all__ = [
+    "CAPS",
+    "CLIENT_MESSAGES",
+    "LIMITS",
+    "MAX_CLIENT_FRAME",
+    "MAX_SERVER_FRAME",
+    "PROTOCOL_VERSION",
+    "SERVER_MESSAGES",
+    "SUBPROTOCOLS",
+    "Accepted",
+    "AcceptedItem",
+    "BaseModelInfo",
+    "BatchEnd",
+    "Bye",
+    "Cancel",
+    "ChatTurn",
+    "ClientInfo",
+    "ClientMessage",
+    "CloseCode",
+    "Delta",
+    "DeltaItem",
+    "Error",
+    "ErrorInfo",
+    "Generate",
+    "Hello",
+    "Input",
+    "LineEnd",
+    "LineRequest",
+    "LineSampling",
+    "LineStart",
+    "PersonaInfo",
+    "PersonaList",
+    "Reply",
+    "ServerMessage",
+    "Status",
+    "Timing",
+    "Usage",
+    "Want",
+    "Welcome",
+    "decode",
+    "encode",
+    "frame_size",
+    "parse_client",
+    "parse_line",
+    "parse_server",
+]
+
+PROTOCOL_VERSION = 1
+SUBPROTOCOLS = ("npc.v1.msgpack", "npc.v1.json")
+MAX_CLIENT_FRAME = 1 << 20
+MAX_SERVER_FRAME = 32 * 1024
+
+CAPS = ("generate", "cancel", "persona.list", "status", "fallback", "trim", "deadline", "context")
+"""Features that a client may rely on; a message or feature that is not listed is refused `unsupported`."""
+
+LIMITS = {
+    "text_chars": 8_000,
+    "reply_chars": 4_000,
+    "lines": 256,
+    "batch": 64,
+    "max_tokens": 1_024,
+    "rank": 64,
+    "frame": MAX_CLIENT_FRAME,
+}
+"""`welcome.limits`: code points of a text and of a reply, live lines of a connection, lines of a batch, …"""
+
+_LATER = frozenset(
+    "npc.open npc.close npc.history npc.snapshot npc.restore persona.get persona.put persona.validate persona.delete "
+    "warmup world.set test.run train.start train.cancel watch config shutdown".split()
+)
+
+
+class CloseCode:
+    """WebSocket close codes of this protocol; the reason text says more."""
+
+    PROTOCOL = 4400
+    AUTH = 4401
+    ORIGIN = 4403
+    HELLO_TIMEOUT = 4408
+    TOO_MANY = 4429
+    TOO_LARGE = 1009
+    RESTART = 1012
+
+
+class Message(BaseModel):
+    """A map on the wire; fields it does not know are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+class Options(BaseModel):
+    """A map of options; one that it does not know is refused by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+ShortText = Annotated[str, Field(max_length=64)]
+Id = Annotated[int, Field(ge=-(2**53) + 1, le=2**53 - 1)] | Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class Request(Message):
+    """A client's message; `id` comes back as `re`."""
+
+    id: Id | None = None
+
+
+class ClientInfo(Message):
+    """Who is calling."""
+
+    name: ShortText = ""
+    version: ShortText = ""
+    engine: ShortText | None = None
+
+
+class Want(Message):
+    """Wishes for this connection: ms between `delta` frames, bytes of the largest frame."""
+
+    tick_ms: float = Field(default=33.0, ge=0.0, le=1_000.0)
+    max_frame: int = Field(default=MAX_SERVER_FRAME, ge=MAX_SERVER_FRAME, le=MAX_CLIENT_FRAME)
+    stats: bool = False
+
+
+class Hello(Request):
+    """First message of a connection."""
+
+    type: Literal["hello"] = "hello"
+    protocol: int
+    token: str | None = Field(default=None, max_length=256)
+    client: ClientInfo = ClientInfo()
+    want: Want = Want()
+
+
+class Input(Message):
+    """What was said to the NPC; `speaker` is put in front of it."""
+
+    speaker: ShortText | None = None
+    text: str
+
+
+class ChatTurn(Message):
+    """An earlier turn (`user` is the player, `assistant` the NPC), or the one to answer."""
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+class LineSampling(Options):
+    """Options of one line; what is absent comes from the persona. `max_tokens` is capped by it under `trim`."""
+
+    temperature: float | None = Field(default=None, ge=0.0, le=5.0)
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    top_k: int | None = Field(default=None, ge=0, le=1_000_000)
+    min_p: float | None = Field(default=None, ge=0.0, le=1.0)
+    repetition_penalty: float | None = Field(default=None, gt=0.0, le=5.0)
+    seed: int | None = Field(default=None, ge=0, le=2**53 - 1)
+    min_tokens: int = Field(default=0, ge=0, le=LIMITS["max_tokens"])
+    max_tokens: int | None = Field(default=None, ge=1, le=LIMITS["max_tokens"])
+    stop: list[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(default=None, max_length=8)
+    trim: Literal["none", "sentence"] = "sentence"
+
+
+class Format(Options):
+    """Form of the reply; only free text for now."""
+
+    kind: Literal["text", "choice", "regex", "json_schema"] = "text"
+    value: Any = None
+
+
+class LineRequest(Message):
+    """One line to speak: the persona, what it answers, and how."""
+
+    line: Id
+    persona: str | None = Field(default=None, max_length=64)
+    npc: str | None = Field(default=None, max_length=64)
+    draft: dict[str, Any] | None = None
+    input: Input | None = None
+    messages: list[ChatTurn] | None = Field(default=None, max_length=256)
+    context: Context | None = None
+    sampling: LineSampling = LineSampling()
+    format: Format = Format()
+    emotions: list[str] | None = None
+    actions: list[str] | None = None
+    priority: int = Field(default=5, ge=0, le=9)
+    deadline_ms: float | None = Field(default=None, gt=0.0, le=3_600_000.0)
+    stream: bool = True
+    history: Literal["append", "none"] = "append"
+    fallback: bool = True
+
+
+class Generate(Request):
+    """A batch of lines. Each is checked on its own: what is wrong with one does not stop the others."""
+
+    type: Literal["generate"] = "generate"
+    batch: Id
+    lines: list[Any] = Field(min_length=1, max_length=LIMITS["batch"], description="`LineRequest` maps")
+    mode: Literal["independent", "turns"] = "independent"
+
+
+class Cancel(Request):
+    """End lines early, by exactly one of these; unknown ids are ignored."""
+
+    type: Literal["cancel"] = "cancel"
+    lines: list[Id] | None = Field(default=None, max_length=1_024)
+    batch: Id | None = None
+    npc: str | None = Field(default=None, max_length=64)
+    all: bool = False
+
+
+class PersonaList(Request):
+    """Ask for the personas that can be voiced, and the problems of those that cannot."""
+
+    type: Literal["persona.list"] = "persona.list"
+
+
+class Status(Request):
+    """Ask how the daemon is."""
+
+    type: Literal["status"] = "status"
+
+
+class Bye(Request):
+    """Close politely; running lines are cancelled."""
+
+    type: Literal["bye"] = "bye"
+
+
+class ErrorInfo(Message):
+    """An error of one line."""
+
+    code: str
+    message: str
+    hint: str = ""
+    retryable: bool = False
+
+
+class PersonaInfo(Message):
+    """A persona in a list; `error` says why it cannot speak."""
+
+    id: str
+    display_name: str
+    adapter: str | None = None
+    error: ErrorInfo | None = None
+
+
+class BaseModelInfo(Message):
+    """The base model; `context` in tokens."""
+
+    name: str
+    sha256: str
+    context: int
+
+
+class Welcome(Message):
+    """The answer to `hello`. `personas` is cut to what fits the frame; `persona.list` has them all."""
+
+    type: Literal["welcome"] = "welcome"
+    session: str
+    protocol: int
+    version: str
+    device: str
+    backend: str
+    base: BaseModelInfo
+    caps: list[str]
+    limits: dict[str, int]
+    personas: list[PersonaInfo]
+    resumed: bool = False
+
+
+class AcceptedItem(Message):
+    """Whether one line was taken."""
+
+    line: Any = None
+    status: Literal["queued", "rejected"]
+    code: str | None = None
+    message: str | None = None
+    hint: str | None = None
+
+
+class Accepted(Message):
+    """The answer to `generate`: every line of the batch, queued or rejected."""
+
+    type: Literal["accepted"] = "accepted"
+    batch: Id
+    re: Id | None = None
+    items: list[AcceptedItem]
+
+
+class LineStart(Message):
+    """A line got its first forward pass, shared with `batch_size` rows in all."""
+
+    type: Literal["line.start"] = "line.start"
+    line: Id
+    npc: str | None = None
+    persona: str
+    adapter: str | None = None
+    seed: int
+    queue_ms: float
+    batch_size: int
+
+
+class DeltaItem(Message):
+    """More text of a line; `seq` counts its deltas from 0."""
+
+    line: Id
+    seq: int
+    text: str
+
+
+class Delta(Message):
+    """New text of any number of lines."""
+
+    type: Literal["delta"] = "delta"
+    items: list[DeltaItem]
+
+
+class Usage(Message):
+    """Tokens; `cached` of the prompt's came from the prefix cache."""
+
+    prompt: int
+    cached: int = 0
+    completion: int
+
+
+class Timing(Message):
+    """`ttft_ms`: from arrival to the first text. `batch_avg`: rows that shared its steps, on average."""
+
+    queue_ms: float
+    ttft_ms: float | None = None
+    total_ms: float
+    tokens_per_s: float
+    batch_avg: float
+
+
+class LineEnd(Message):
+    """The one end of an accepted line. `text` replaces what the deltas brought."""
+
+    type: Literal["line.end"] = "line.end"
+    line: Id
+    reason: Literal["stop", "length", "cancelled", "deadline", "filtered", "overload", "error"]
+    text: str
+    fallback: bool = False
+    emotion: str | None = None
+    actions: list[str] = []
+    error: ErrorInfo | None = None
+    usage: Usage
+    timing: Timing
+    seed: int
+    prompt_hash: str
+
+
+class BatchEnd(Message):
+    """All lines of the batch are over; `forwards` base forward passes served it."""
+
+    type: Literal["batch.end"] = "batch.end"
+    batch: Id
+    ok: int
+    failed: int
+    wall_ms: float
+    forwards: int
+
+
+class Reply(Message):
+    """The answer to a question; one that is larger than a frame comes as `part` of `parts`, `data` being JSON text."""
+
+    type: Literal["reply"] = "reply"
+    re: Id | None = None
+    body: dict[str, Any] | None = None
+    part: int | None = None
+    parts: int | None = None
+    data: str | None = None
+
+
+class Error(Message):
+    """Something was wrong with message `re`, or with a frame that could not be read."""
+
+    type: Literal["error"] = "error"
+    re: Id | None = None
+    code: str
+    message: str
+    hint: str = ""
+
+
+CLIENT_MESSAGES = (Hello, Generate, Cancel, PersonaList, Status, Bye)
+SERVER_MESSAGES = (Welcome, Accepted, LineStart, Delta, LineEnd, BatchEnd, Reply, Error)
+
+ClientMessage = Hello | Generate | Cancel | PersonaList | Status | Bye
+ServerMessage = Welcome | Accepted | LineStart | Delta | LineEnd | BatchEnd | Reply | Error
+
+_CLIENT: TypeAdapter[ClientMessage] = TypeAdapter(Annotated[ClientMessage, Field(discriminator="type")])
+_SERVER: TypeAdapter[ServerMessage] = TypeAdapter(Annotated[ServerMessage, Field(discriminator="type")])
+_CLIENT_TYPES = frozenset(model.model_fields["type"].default for model in CLIENT_MESSAGES)
+
+
+def encode(message: BaseModel, subprotocol: str) -> bytes | str:
+    """Encode a message for its subprotocol; fields that are None are left out."""
+    document = message.model_dump(mode="json", exclude_none=True)
+    if subprotocol == "npc.v1.json":
+        return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    packed: bytes = msgpack.packb(document)
+    return packed
+
+
+def frame_size(message: BaseModel, subprotocol: str) -> int:
+    """Bytes that the encoded message takes."""
+    encoded = encode(message, subprotocol)
+    return len(encoded.encode() if isinstance(encoded, str) else encoded)
+
+
+def decode(frame: bytes | str, subprotocol: str) -> dict[str, Any]:
+    """Decode a frame to a map. Raises `ProtocolError` for whatever is not one; never anything else."""
+    is_text = subprotocol == "npc.v1.json"
+    if isinstance(frame, str) != is_text:
+        kind = "text" if is_text else "binary"
+        raise ProtocolError(f"{subprotocol} carries {kind} frames.", "Use the other frame type, or subprotocol.")
+    try:
+        document = json.loads(frame) if is_text else msgpack.unpackb(frame)
+        if is_text and "\\ud" in str(frame).lower():  # an escaped half of a surrogate pair is not a character
+            json.dumps(document, ensure_ascii=False).encode()
+    except (ValueError, RecursionError, msgpack.UnpackException, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise ProtocolError(f"The frame is not {subprotocol[7:]} ({reason}).", "Send one map a frame.") from error
+    if not isinstance(document, dict) or not isinstance(document.get("type"), str):
+        raise ProtocolError("The frame is not a map with a text 'type'.", "Send one map a frame.")
+    return document
+
+
+def parse_client(document: dict[str, Any]) -> ClientMessage:
+    """Check a client's message. Raises `UnsupportedError` for a type that is not served, `InvalidError` naming a field."""
+    kind = document["type"]
+    if kind not in _CLIENT_TYPES:
+        later = " yet" if kind in _LATER else ""
+        raise UnsupportedError(
+            f"This daemon does not serve '{kind[:64]}'{later}.", "See welcome.caps for what it does."
+        )
+    try:
+        return _CLIENT.validate_python(document)
+    except (ValidationError, RecursionError) as error:
+        raise _first_problem(error, skip=1) from error
+
+
+def parse_line(document: Any) -> LineRequest:
+    """Check one entry of `generate.lines`. Raises `InvalidError`, `UnsupportedError` or `FormatUnsupported`."""
+    try:
+        line = LineRequest.model_validate(document)
+    except (ValidationError, RecursionError) as error:
+        raise _first_problem(error) from error
+    if line.format.kind != "text":
+        raise FormatUnsupported(f"format.kind '{line.format.kind}' is not served yet.", "Use 'text'.")
+    refused = {"npc": line.npc, "draft": line.draft, "emotions": line.emotions, "actions": line.actions}
+    for name, value in refused.items():
+        if value is not None:
+            raise UnsupportedError(f"'{name}' is not served yet.", "Name a persona, and leave this field out.")
+    return line
+
+
+def parse_server(document: dict[str, Any]) -> ServerMessage:
+    """Check a daemon's message, for clients. Raises `ProtocolError`."""
+    try:
+        return _SERVER.validate_python(document)
+    except ValidationError as error:
+        raise ProtocolError(f"The daemon sent a message that is not of this protocol: {error}") from error
+
+
+def _first_problem(error: ValidationError | RecursionError, *, skip: int = 0) -> WireError:
+    """Name the first wrong field; `skip` leaves out the union's tag in front of the path."""
+    if isinstance(error, RecursionError):
+        return ProtocolError("The message is nested too deeply.", "Send flat maps.")
+    problem = error.errors(include_url=False)[0]
+    field = ".".join(str(part)[:64] for part in problem["loc"][skip:]) or "the message"
+    if problem["type"] == "extra_forbidden":
+        return InvalidError(f"'{field}' is not an option.", "PROTOCOL.md lists the options.")
+    return InvalidError(f"'{field}' is invalid: {problem['msg'][:200]}.", "PROTOCOL.md has the bounds.")

@@ -1,0 +1,351 @@
+"""The asyncio shell: sockets, the small HTTP pages, origin and host checks, and the one bridge to the engine thread.
+
+What is decided about messages is decided in `session`; this module performs its effects.
+"""
+
+import asyncio
+import http
+import itertools
+import json
+import logging
+import secrets
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request as HttpRequest
+from websockets.http11 import Response
+from websockets.typing import Subprotocol
+
+from npc_runtime import protocol as wire
+from npc_runtime.engine.core import Ended, EngineStats, Request, SamplingParams, Spoken, Started, StepOutput
+from npc_runtime.engine.engine import Engine
+from npc_runtime.persona import Library
+from npc_runtime.session import (
+    Close,
+    DaemonInfo,
+    Effect,
+    Job,
+    Renderer,
+    Send,
+    SendStatus,
+    Session,
+    Stop,
+    Submit,
+)
+
+__all__ = ["NpcServer"]
+
+logger = logging.getLogger(__name__)
+
+HELLO_TIMEOUT_S = 5.0
+SEND_TIMEOUT_S = 10.0
+MAX_CONNECTIONS = 16
+MAX_OUTBOX = 2_048  # messages; more than all ends of a full connection
+CONGESTED_OUTBOX = 16  # from here on deltas wait and merge
+SEED_BITS = 53
+
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
+
+
+class NpcServer:
+    """All connections of one engine. `start` binds nothing: the caller hands in a bound socket."""
+
+    def __init__(self, *, info: DaemonInfo, library: Library, render: Renderer, host: str, port: int) -> None:
+        self._info = info
+        self._library = library
+        self._render = render
+        self._host = host
+        self._port = port
+        self._engine: Engine | None = None
+        self._server: Server | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._request_ids = itertools.count(1)
+        self._session_ids = itertools.count(1)
+        self._owners: dict[int, _Connection] = {}
+        self._connections: set[_Connection] = set()
+
+    async def start(self, sock: socket.socket, engine: Engine) -> None:
+        """Serve on this socket with this engine; `on_step` must be its callback."""
+        self._loop = asyncio.get_running_loop()
+        self._engine = engine
+        engine.start()
+        self._server = await serve(
+            self._handle,
+            sock=sock,
+            process_request=self._process_request,
+            select_subprotocol=_select_subprotocol,
+            compression=None,
+            max_size=wire.MAX_CLIENT_FRAME,
+            server_header=None,
+        )
+
+    async def close(self) -> None:
+        """Tell every client that the daemon goes, and stop the engine."""
+        assert self._server is not None
+        assert self._engine is not None
+        self._server.close(code=wire.CloseCode.RESTART, reason="the daemon was stopped")
+        await asyncio.wait([asyncio.ensure_future(self._server.wait_closed())], timeout=1.0)
+        await asyncio.to_thread(self._engine.close)
+
+    def on_step(self, step: StepOutput) -> None:
+        """Take a step's outcome from the engine thread to the loop: the one place where the two meet."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, step)
+        except RuntimeError:  # the loop is closed: nobody is left to be told
+            logger.debug("a step of the engine came after the loop was closed")
+
+    def _deliver(self, step: StepOutput) -> None:
+        events: defaultdict[_Connection, list[Started | Spoken | Ended]] = defaultdict(list)
+        for event in step.events:
+            owner = self._owners.get(event.request_id)
+            if owner is not None:
+                events[owner].append(event)
+            if isinstance(event, Ended):
+                self._owners.pop(event.request_id, None)
+        forwards: defaultdict[_Connection, list[wire.Id]] = defaultdict(list)
+        for group in step.groups:
+            owner, batch_id = _split_group(group)
+            forwards[owner].append(batch_id)
+        for connection in self._connections & (events.keys() | forwards.keys()):
+            connection.on_step(events[connection], forwards[connection])
+
+    def submit(self, owner: "_Connection", jobs: Iterable[Job]) -> None:
+        """Give a connection's lines to the engine as one command."""
+        assert self._engine is not None
+        requests = [_to_request(job, (owner, job.batch)) for job in jobs]
+        self._owners.update((request.id, owner) for request in requests)
+        self._engine.submit(requests)
+
+    def cancel(self, request_ids: Iterable[int]) -> None:
+        """Cancel lines in the engine."""
+        assert self._engine is not None
+        self._engine.cancel(request_ids)
+
+    def status(self) -> dict[str, Any]:
+        """The body of `reply` to `status`."""
+        assert self._engine is not None
+        stats: EngineStats = self._engine.stats()
+        return {
+            "active": stats.num_running,
+            "queued": stats.num_waiting,
+            "tokens_per_s": round(stats.tokens_per_s, 1),
+            "tokens": stats.num_tokens,
+            "forwards": stats.num_forwards,
+            "kv_used": stats.kv_blocks_used / stats.kv_blocks_total,
+            "adapters": list(stats.adapters_resident),
+            "personas": len(self._library),
+            "connections": len(self._connections),
+        }
+
+    async def _handle(self, socket_: ServerConnection) -> None:
+        refusal = self._refusal(socket_)
+        if refusal is not None:
+            await socket_.close(*refusal)
+            return
+        session = Session(
+            name=f"s{next(self._session_ids)}",
+            subprotocol=str(socket_.subprotocol),
+            info=self._info,
+            library=self._library,
+            render=self._render,
+            new_request_id=self._request_ids.__next__,
+            new_seed=lambda: secrets.randbits(SEED_BITS),
+        )
+        connection = _Connection(socket_, session, self)
+        self._connections.add(connection)
+        try:
+            await connection.run()
+        finally:
+            self._connections.discard(connection)
+
+    def _refusal(self, socket_: ServerConnection) -> tuple[int, str] | None:
+        """Why this connection is closed at once. After accepting, since browsers and Mono see no other reason."""
+        assert socket_.request is not None
+        origin = socket_.request.headers.get("Origin")
+        if origin is not None and origin not in {f"http://{name}" for name in self._names()}:
+            logger.warning("refused a connection from the web page %s", origin[:200])
+            return wire.CloseCode.ORIGIN, "this origin may not connect"
+        if socket_.subprotocol not in wire.SUBPROTOCOLS:
+            return wire.CloseCode.PROTOCOL, f"offer a subprotocol: {' or '.join(wire.SUBPROTOCOLS)}"
+        if len(self._connections) >= MAX_CONNECTIONS:
+            return wire.CloseCode.TOO_MANY, f"{MAX_CONNECTIONS} connections are open already"
+        return None
+
+    def _process_request(self, _: ServerConnection, request: HttpRequest) -> Response | None:
+        """Answer plain HTTP; None lets a WebSocket handshake go on. A Host of others is DNS rebinding: refused."""
+        if self._host not in ("0.0.0.0", "::") and request.headers.get("Host") not in self._names():
+            return _respond(http.HTTPStatus.MISDIRECTED_REQUEST, "text/plain", "This is not the host you asked for.\n")
+        if "websocket" in request.headers.get("Upgrade", "").lower():
+            is_ours = request.path.partition("?")[0] == "/v1"
+            return None if is_ours else _respond(http.HTTPStatus.NOT_FOUND, "text/plain", "Connect to /v1.\n")
+        if request.path == "/healthz":
+            return _respond(http.HTTPStatus.OK, "application/json", json.dumps({"status": "ok", **self.status()}))
+        if request.path == "/":
+            text = f"npc-runtime {self._info.version} is running. A game connects to ws://HOST/v1; see PROTOCOL.md.\n"
+            return _respond(http.HTTPStatus.OK, "text/plain", text)
+        return _respond(http.HTTPStatus.NOT_FOUND, "text/plain", "There is no such page.\n")
+
+    def _names(self) -> set[str]:
+        return {f"{name}:{self._port}" for name in (*LOOPBACK_NAMES, self._host)}
+
+
+class _Connection:
+    """One socket: reads frames, performs effects, writes from a bounded outbox."""
+
+    def __init__(self, socket_: ServerConnection, session: Session, server: NpcServer) -> None:
+        self._socket = socket_
+        self._session = session
+        self._server = server
+        self._outbox: asyncio.Queue[wire.ServerMessage | Close] = asyncio.Queue(MAX_OUTBOX)
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def run(self) -> None:
+        """Serve until either side closes; then cancel what runs."""
+        writer = asyncio.create_task(self._write())
+        reader = asyncio.create_task(self._read())
+        try:
+            await asyncio.wait([writer, reader], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._perform(self._session.disconnect())
+            if self._timer is not None:
+                self._timer.cancel()
+            for task in (reader, writer):
+                task.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
+            logger.info("%s closed (%s)", self._session.name, self._socket.close_code)
+
+    def on_step(self, events: Iterable[Started | Spoken | Ended], forwards: Iterable[wire.Id]) -> None:
+        """Hand a step's events to the session and perform what it answers."""
+        now = time.monotonic()
+        session = self._session
+        session.on_forward(forwards)
+        effects: list[Effect] = []
+        for event in events:
+            match event:
+                case Started():
+                    effects += session.on_started(event)
+                case Spoken():
+                    effects += session.on_spoken(event)
+                case Ended():
+                    effects += session.on_ended(event, now)
+        self._perform([*effects, *session.after_step(now)])
+        self._plan_tick(now)
+
+    async def _read(self) -> None:
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                self._take(await self._socket.recv())
+        except TimeoutError:
+            reason = f"no hello within {HELLO_TIMEOUT_S:.0f} s"
+            await self._socket.close(wire.CloseCode.HELLO_TIMEOUT, reason)
+            return
+        except ConnectionClosed:
+            return
+        async for frame in self._socket:
+            self._take(frame)
+
+    def _take(self, frame: bytes | str) -> None:
+        was_open = self._session.is_open
+        self._perform(self._session.receive(frame, time.monotonic()))
+        if self._session.is_open and not was_open:
+            logger.info("%s opened (%s)", self._session.name, self._session.subprotocol)
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                message = await self._outbox.get()
+                if isinstance(message, Close):
+                    await self._socket.close(message.code, message.reason)
+                    return
+                async with asyncio.timeout(SEND_TIMEOUT_S):
+                    await self._socket.send(wire.encode(message, self._session.subprotocol))
+                self._session.is_congested = self._outbox.qsize() > CONGESTED_OUTBOX
+                self._plan_tick(time.monotonic())
+        except TimeoutError:
+            logger.warning("%s did not read for %.0f s; dropped", self._session.name, SEND_TIMEOUT_S)
+            self._socket.transport.abort()
+        except ConnectionClosed:
+            return
+
+    def _perform(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Send(message):
+                    self._enqueue(message)
+                case Close():
+                    self._enqueue(effect)
+                case SendStatus(re):
+                    self._perform(self._session.reply(re, self._server.status()))
+                case Submit(jobs):
+                    self._server.submit(self, jobs)
+                case Stop(request_ids):
+                    self._server.cancel(request_ids)
+        self._session.is_congested = self._outbox.qsize() > CONGESTED_OUTBOX
+
+    def _enqueue(self, message: wire.ServerMessage | Close) -> None:
+        try:
+            self._outbox.put_nowait(message)
+        except asyncio.QueueFull:
+            logger.warning("%s reads too slowly; dropped", self._session.name)
+            self._socket.transport.abort()
+
+    def _plan_tick(self, now: float) -> None:
+        due = self._session.next_tick
+        if due is not None and self._timer is None and not self._session.is_congested:
+            self._timer = asyncio.get_running_loop().call_later(max(due - now, 0.0), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        now = time.monotonic()
+        self._perform(self._session.tick(now))
+        self._plan_tick(now)
+
+
+def _select_subprotocol(_: ServerConnection, offered: Iterable[Subprotocol]) -> Subprotocol | None:
+    """Take ours if it is offered; else echo the first, so that the client can be told why it is closed."""
+    offers = list(offered)
+    ours = [name for name in offers if name in wire.SUBPROTOCOLS]
+    return (ours or offers or [None])[0]
+
+
+def _respond(status: http.HTTPStatus, kind: str, text: str) -> Response:
+    body = text.encode()
+    headers = Headers(
+        {
+            "Content-Type": f"{kind}; charset=utf-8",
+            "Content-Length": str(len(body)),
+            "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "no-store",
+            "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+        }
+    )
+    return Response(status.value, status.phrase, headers, body)
+
+
+def _to_request(job: Job, group: Hashable) -> Request:
+    now, sampling = time.monotonic(), job.sampling
+    values = sampling.model_dump(exclude={"stop"})
+    return Request(
+        id=job.request_id,
+        prompt_ids=job.prompt_ids,
+        sampling=SamplingParams(**values, stop=tuple(sampling.stop or ()), soft_words=job.soft_words),
+        arrival=now,
+        adapter=job.adapter,
+        group=group,
+        priority=job.priority,
+        deadline=None if job.deadline_ms is None else now + job.deadline_ms / 1000,
+    )
+
+
+def _split_group(group: Hashable) -> tuple[_Connection, wire.Id]:
+    assert isinstance(group, tuple)
+    return group[0], group[1]
+
+

@@ -1,0 +1,536 @@
+"""One client connection as a state machine: frames and engine events in, effects out. No I/O, no clock, no torch.
+
+The server performs the effects in order. Every accepted line ends exactly once, every batch too.
+"""
+
+import hashlib
+import hmac
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from npc_runtime import protocol as wire
+from npc_runtime.errors import (
+    ContextOverflow,
+    InvalidError,
+    OverloadError,
+    ProtocolError,
+    UnsupportedError,
+    WireError,
+)
+from npc_runtime.persona import Library, Message, Persona
+
+if TYPE_CHECKING:
+    from npc_runtime.engine.core import Ended, Spoken, Started
+
+__all__ = ["Close", "DaemonInfo", "Effect", "Job", "Renderer", "Send", "SendStatus", "Session", "Stop", "Submit"]
+
+MAX_CLOSE_REASON = 120  # bytes; a close frame has room for 123
+
+
+class Renderer(Protocol):
+    """Turns chat messages into the base's token ids."""
+
+    def __call__(self, messages: Sequence[Message], /) -> tuple[int, ...]:
+        """Render up to where the reply begins."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonInfo:
+    """What `welcome` says about the daemon; the same for every connection."""
+
+    version: str
+    device: str
+    backend: str
+    base: wire.BaseModelInfo
+    token: str | None  # None: --no-auth
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One line for the engine, everything resolved."""
+
+    request_id: int
+    batch: wire.Id
+    adapter: str | None
+    prompt_ids: tuple[int, ...]
+    sampling: wire.LineSampling  # no None left but `stop` is a list
+    soft_words: int
+    priority: int
+    deadline_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message."""
+
+    message: wire.ServerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class SendStatus:
+    """Ask the server for the daemon's state and hand it to `Session.reply`."""
+
+    re: wire.Id | None
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Give these lines to the engine, together."""
+
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Cancel these requests in the engine."""
+
+    request_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Close the connection, after everything before it was sent."""
+
+    code: int
+    reason: str
+
+
+Effect = Send | SendStatus | Submit | Stop | Close
+
+
+@dataclass(slots=True)
+class _Line:
+    """A live line."""
+
+    request: wire.LineRequest
+    batch: wire.Id
+    job: Job
+    persona: Persona
+    prompt_hash: str
+    seq: int = 0
+    pending: str = ""
+    has_spoken: bool = False
+
+
+@dataclass(slots=True)
+class _Batch:
+    """A batch with live lines."""
+
+    arrival: float
+    live: set[wire.Id] = field(default_factory=set)
+    num_ok: int = 0
+    num_failed: int = 0
+    num_forwards: int = 0
+
+
+class Session:
+    """The state of one connection, from `hello` to the end.
+
+    `is_congested` is set by the server while the client does not keep up: deltas then wait and merge.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        subprotocol: str,
+        info: DaemonInfo,
+        library: Library,
+        render: Renderer,
+        new_request_id: Callable[[], int],
+        new_seed: Callable[[], int],
+    ) -> None:
+        self.name = name
+        self.subprotocol = subprotocol
+        self.is_congested = False
+        self._info = info
+        self._library = library
+        self._render = render
+        self._new_request_id = new_request_id
+        self._new_seed = new_seed
+        self._state: Literal["opening", "open", "closed"] = "opening"
+        self._want = wire.Want()
+        self._lines: dict[wire.Id, _Line] = {}
+        self._by_request: dict[int, wire.Id] = {}
+        self._batches: dict[wire.Id, _Batch] = {}
+        self._next_tick: float | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `hello` was accepted and nothing closed the session since."""
+        return self._state == "open"
+
+    @property
+    def next_tick(self) -> float | None:
+        """When `tick` wants to be called; None while no delta waits."""
+        return self._next_tick
+
+    def receive(self, frame: bytes | str, now: float) -> list[Effect]:
+        """Take one frame from the client. A bad frame is answered; before `hello` it closes the connection."""
+        if self._state == "closed":
+            return []
+        re = None
+        try:
+            document = wire.decode(frame, self.subprotocol)
+            re = _echo_id(document.get("id"))
+            message = wire.parse_client(document)
+            if self._state == "opening":
+                return self._on_hello(message)
+            return self._on_message(message, now)
+        except WireError as error:
+            if self._state == "opening":
+                return self._close(wire.CloseCode.PROTOCOL, f"{error.message} {error.hint}")
+            return [Send(wire.Error(re=re, code=error.code, message=error.message, hint=error.hint))]
+
+    def on_started(self, event: "Started") -> list[Effect]:
+        """A line got its first forward pass."""
+        line = self._line_of(event.request_id)
+        return [] if line is None else [Send(_line_start(line, event))]
+
+    def on_spoken(self, event: "Spoken") -> list[Effect]:
+        """More text of a line; it is sent by `after_step` if it is the line's first, else by `tick`."""
+        line = self._line_of(event.request_id)
+        if line is not None:
+            line.has_spoken = True
+            line.pending += event.text if line.request.stream else ""
+        return []
+
+    def on_ended(self, event: "Ended", now: float) -> list[Effect]:
+        """A line is over, and perhaps its batch with it."""
+        line = self._line_of(event.request_id)
+        if line is None:
+            return []
+        line_id, batch = line.request.line, self._batches[line.batch]
+        effects = self._flush([line])
+        del self._lines[line_id], self._by_request[event.request_id]
+        batch.live.discard(line_id)
+        is_ok = event.reason in ("stop", "length")
+        batch.num_ok += is_ok
+        batch.num_failed += not is_ok
+        effects.append(Send(_line_end(line, event)))
+        if not batch.live:
+            del self._batches[line.batch]
+            effects.append(Send(_batch_end(line.batch, batch, now)))
+        return effects
+
+    def on_forward(self, batches: Iterable[wire.Id]) -> None:
+        """One base forward pass served these batches."""
+        for batch_id in batches:
+            if batch_id in self._batches:
+                self._batches[batch_id].num_forwards += 1
+
+    def after_step(self, now: float) -> list[Effect]:
+        """All events of a step are in: a line's first text goes out at once, the rest waits for the tick."""
+        effects: list[Effect] = []
+        if not self.is_congested:
+            effects = self._flush([line for line in self._lines.values() if line.seq == 0])
+        if not any(line.pending for line in self._lines.values()):
+            self._next_tick = None
+        elif self._next_tick is None:
+            self._next_tick = now + self._want.tick_ms / 1000
+        return effects
+
+    def tick(self, now: float) -> list[Effect]:
+        """Send all deltas that wait, unless it is too early or the client does not keep up."""
+        if self._next_tick is None or now < self._next_tick or self.is_congested:
+            return []
+        self._next_tick = None
+        return self._flush(self._lines.values())
+
+    def disconnect(self) -> list[Effect]:
+        """The connection is gone: cancel whatever runs; nothing more is sent."""
+        self._state = "closed"
+        running = tuple(self._by_request)
+        self._lines.clear()
+        self._by_request.clear()
+        self._batches.clear()
+        return [Stop(running)] if running else []
+
+    def reply(self, re: wire.Id | None, body: dict[str, Any]) -> list[Effect]:
+        """Answer a question, in parts if it is larger than the client's frames may be."""
+        whole = wire.Reply(re=re, body=body)
+        if wire.frame_size(whole, self.subprotocol) <= self._want.max_frame:
+            return [Send(whole)]
+        text = json.dumps(body, ensure_ascii=False)
+        size = self._want.max_frame // 8  # a character takes at most 6 bytes, escaped
+        pieces = [text[start : start + size] for start in range(0, len(text), size)]
+        return [
+            Send(wire.Reply(re=re, part=number, parts=len(pieces), data=piece))
+            for number, piece in enumerate(pieces)
+        ]
+
+    # -- messages ----------------------------------------------------------------------------------------------
+
+    def _on_hello(self, message: wire.ClientMessage) -> list[Effect]:
+        if not isinstance(message, wire.Hello):
+            return self._close(wire.CloseCode.PROTOCOL, f"The first message must be hello, not {message.type}.")
+        if message.protocol != wire.PROTOCOL_VERSION:
+            return self._close(
+                wire.CloseCode.PROTOCOL,
+                f"This daemon speaks protocol {wire.PROTOCOL_VERSION}, not {message.protocol}.",
+            )
+        expected = self._info.token
+        if expected is not None and not hmac.compare_digest((message.token or "").encode(), expected.encode()):
+            what = "The token is wrong." if message.token else "hello has no token."
+            return self._close(wire.CloseCode.AUTH, f"{what} It is in the daemon's first line and runtime file.")
+        self._state = "open"
+        self._want = message.want
+        return [Send(self._welcome())]
+
+    def _welcome(self) -> wire.Welcome:
+        welcome = wire.Welcome(
+            session=self.name,
+            protocol=wire.PROTOCOL_VERSION,
+            version=self._info.version,
+            device=self._info.device,
+            backend=self._info.backend,
+            base=self._info.base,
+            caps=list(wire.CAPS),
+            limits={**wire.LIMITS, "context": self._info.base.context},
+            personas=[],
+        )
+        room = self._want.max_frame - wire.frame_size(welcome, self.subprotocol)
+        fitting = []
+        for persona in self._persona_infos():
+            room -= wire.frame_size(persona, self.subprotocol) + 1
+            if room < 0:
+                break
+            fitting.append(persona)
+        return welcome.model_copy(update={"personas": fitting})
+
+    def _on_message(self, message: wire.ClientMessage, now: float) -> list[Effect]:
+        match message:
+            case wire.Generate():
+                return self._on_generate(message, now)
+            case wire.Cancel():
+                return self._on_cancel(message)
+            case wire.PersonaList():
+                infos = [info.model_dump(mode="json", exclude_none=True) for info in self._persona_infos()]
+                return self.reply(message.id, {"personas": infos})
+            case wire.Status():
+                return [SendStatus(message.id)]
+            case wire.Bye():
+                return [*self.disconnect(), Close(1000, "bye")]
+        raise ProtocolError("hello was already accepted.", "Send it once, first.")
+
+    def _on_cancel(self, message: wire.Cancel) -> list[Effect]:
+        if message.npc is not None:
+            raise UnsupportedError("Cancelling by npc is not served yet.", "Cancel lines, a batch, or all.")
+        if (message.lines is not None) + (message.batch is not None) + message.all != 1:
+            raise InvalidError("cancel needs exactly one of lines, batch, all.", "Name what to cancel.")
+        chosen = self._lines.keys() if message.all else set(message.lines or ())
+        if message.batch is not None and message.batch in self._batches:
+            chosen = self._batches[message.batch].live
+        ids = tuple(self._lines[line].job.request_id for line in chosen if line in self._lines)
+        return [Stop(ids)] if ids else []
+
+    def _on_generate(self, message: wire.Generate, now: float) -> list[Effect]:
+        if message.mode == "turns":
+            raise UnsupportedError("mode 'turns' is not served yet.", "Use 'independent'.")
+        if message.batch in self._batches:
+            raise InvalidError(f"batch {message.batch!r} is still running.", "Give every batch its own id.")
+        batch = _Batch(arrival=now)
+        items, jobs = [], []
+        for document in message.lines:
+            try:
+                line = self._prepare(document, message.batch)
+            except WireError as error:
+                batch.num_failed += 1
+                items.append(_rejected(document, error))
+                continue
+            self._lines[line.request.line] = line
+            self._by_request[line.job.request_id] = line.request.line
+            batch.live.add(line.request.line)
+            jobs.append(line.job)
+            items.append(wire.AcceptedItem(line=line.request.line, status="queued"))
+        effects: list[Effect] = [Send(wire.Accepted(batch=message.batch, re=message.id, items=items))]
+        if jobs:
+            self._batches[message.batch] = batch
+            return [*effects, Submit(tuple(jobs))]
+        return [*effects, Send(_batch_end(message.batch, batch, now))]
+
+    def _prepare(self, document: Any, batch: wire.Id) -> _Line:
+        """Check one line and resolve everything it leaves to the persona."""
+        request = wire.parse_line(document)
+        if request.line in self._lines:
+            raise InvalidError(f"line {request.line!r} is still running.", "Give every line its own id.")
+        if len(self._lines) >= wire.LIMITS["lines"]:
+            raise OverloadError(f"{wire.LIMITS['lines']} lines are running on this connection.", "Wait for some.")
+        if request.persona is None:
+            raise InvalidError("'persona' is missing.", "Name the persona that speaks.")
+        persona = self._library.find(request.persona)
+        sampling = self._resolve(request.sampling, persona)
+        prompt_ids = self._render(_messages(request, persona))
+        total = len(prompt_ids) + (sampling.max_tokens or 0)
+        if total > self._info.base.context:
+            raise ContextOverflow(
+                f"The prompt has {len(prompt_ids)} tokens and the reply may have {sampling.max_tokens}; the context "
+                f"holds {self._info.base.context}.",
+                "Shorten the text or the history, or lower max_tokens.",
+            )
+        job = Job(
+            request_id=self._new_request_id(),
+            batch=batch,
+            adapter=persona.adapter_name,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            soft_words=persona.limits.soft_words,
+            priority=request.priority,
+            deadline_ms=request.deadline_ms,
+        )
+        digest = hashlib.sha256(",".join(map(str, prompt_ids)).encode()).hexdigest()[:16]
+        return _Line(request=request, batch=batch, job=job, persona=persona, prompt_hash=digest)
+
+    def _resolve(self, asked: wire.LineSampling, persona: Persona) -> wire.LineSampling:
+        """Fill in the persona's settings. Under `trim` the persona's hard limit caps what was asked."""
+        authored = persona.sampling.model_dump()
+        given = {name: value for name, value in asked.model_dump().items() if value is not None}
+        max_tokens = given.get("max_tokens", persona.limits.hard_tokens)
+        if asked.trim == "sentence":
+            max_tokens = min(max_tokens, persona.limits.hard_tokens)
+        if asked.min_tokens > max_tokens:
+            raise InvalidError(
+                f"sampling.min_tokens {asked.min_tokens} is more than the line may have ({max_tokens}).",
+                "Lower it, or raise max_tokens with trim 'none'.",
+            )
+        seed = {"seed": self._new_seed()} if asked.seed is None else {}
+        return wire.LineSampling.model_validate({**authored, **given, **seed, "max_tokens": max_tokens})
+
+    # -- what is sent ------------------------------------------------------------------------------------------
+
+    def _flush(self, lines: Iterable[_Line]) -> list[Effect]:
+        """Put the waiting text of these lines into as few frames as their size allows."""
+        frames: list[list[wire.DeltaItem]] = [[]]
+        room = self._want.max_frame
+        for line in lines:
+            if not line.pending:
+                continue
+            size = 6 * len(line.pending) + 512  # the worst escape, and the map around it
+            if size > room and frames[-1]:
+                frames.append([])
+                room = self._want.max_frame
+            room -= size
+            frames[-1].append(wire.DeltaItem(line=line.request.line, seq=line.seq, text=line.pending))
+            line.seq, line.pending = line.seq + 1, ""
+        return [Send(wire.Delta(items=items)) for items in frames if items]
+
+    def _line_of(self, request_id: int) -> _Line | None:
+        line_id = self._by_request.get(request_id)
+        return None if line_id is None else self._lines[line_id]
+
+    def _persona_infos(self) -> list[wire.PersonaInfo]:
+        problems = self._library.problems
+        known = {persona.id: persona for persona in self._library}
+        return [
+            wire.PersonaInfo(
+                id=persona_id,
+                display_name=known[persona_id].display_name if persona_id in known else persona_id,
+                adapter=known[persona_id].adapter_name if persona_id in known else None,
+                error=_error_info(problems.get(persona_id)),
+            )
+            for persona_id in sorted({*known, *problems})
+        ]
+
+    def _close(self, code: int, reason: str) -> list[Effect]:
+        effects = self.disconnect()
+        return [*effects, Close(code, reason.encode()[:MAX_CLOSE_REASON].decode(errors="ignore"))]
+
+
+def _messages(request: wire.LineRequest, persona: Persona) -> list[Message]:
+    """The chat messages of a line. Raises `InvalidError` for an empty or too long text."""
+    if (request.input is None) == (request.messages is None):
+        raise InvalidError("A line needs either 'input' or 'messages'.", "Send input{text}.")
+    if request.input is not None:
+        history: list[Message] = []
+        text, speaker, field_name = request.input.text, request.input.speaker, "input.text"
+    else:
+        turns = request.messages or []
+        if not turns or turns[-1].role != "user":
+            raise InvalidError("'messages' must end with a user turn.", "The last one is what is answered.")
+        history = [{"role": turn.role, "content": turn.content} for turn in turns[:-1]]
+        text, speaker, field_name = turns[-1].content, None, "messages"
+    if not text.strip():
+        raise InvalidError(f"'{field_name}' is empty.", "Send what the player said.")
+    num_chars = len(text) + sum(len(message["content"]) for message in history)
+    if num_chars > wire.LIMITS["text_chars"]:
+        raise InvalidError(
+            f"'{field_name}' has {num_chars} characters.", f"The limit is {wire.LIMITS['text_chars']}; shorten it."
+        )
+    return persona.messages(history, text, speaker=speaker, context=request.context)
+
+
+def _echo_id(value: Any) -> wire.Id | None:
+    """A client's id if it is a valid one, for echoing."""
+    is_id = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+    return value if is_id or (isinstance(value, str) and 0 < len(value) <= 64) else None
+
+
+def _rejected(document: Any, error: WireError) -> wire.AcceptedItem:
+    line = document.get("line") if isinstance(document, dict) else None
+    return wire.AcceptedItem(
+        line=_echo_id(line), status="rejected", code=error.code, message=error.message, hint=error.hint
+    )
+
+
+def _error_info(error: WireError | None) -> wire.ErrorInfo | None:
+    if error is None:
+        return None
+    return wire.ErrorInfo(code=error.code, message=error.message, hint=error.hint, retryable=error.retryable)
+
+
+def _line_start(line: _Line, started: "Started") -> wire.LineStart:
+    return wire.LineStart(
+        line=line.request.line,
+        persona=line.persona.id,
+        adapter=line.job.adapter,
+        seed=line.job.sampling.seed or 0,
+        queue_ms=round(started.queue_ms, 3),
+        batch_size=started.batch_size,
+    )
+
+
+def _line_end(line: _Line, ended: "Ended") -> wire.LineEnd:
+    spare = _fallback_text(line, ended)
+    first = ended.first_text_ms
+    return wire.LineEnd(
+        line=line.request.line,
+        reason=ended.reason.value,
+        text=ended.text if spare is None else spare,
+        fallback=spare is not None,
+        error=_error_info(ended.error),
+        usage=wire.Usage(prompt=ended.num_prompt, completion=ended.num_completion),
+        timing=wire.Timing(
+            queue_ms=round(ended.queue_ms, 3),
+            ttft_ms=None if first is None else round(first, 3),
+            total_ms=round(ended.total_ms, 3),
+            tokens_per_s=round(ended.tokens_per_s, 3),
+            batch_avg=round(ended.batch_avg, 3),
+        ),
+        seed=line.job.sampling.seed or 0,
+        prompt_hash=line.prompt_hash,
+    )
+
+
+def _fallback_text(line: _Line, ended: "Ended") -> str | None:
+    """An authored line in place of one that failed before a word was said, chosen by the line's seed."""
+    lines = {
+        "deadline": line.persona.fallback.timeout,
+        "error": line.persona.fallback.timeout,
+        "overload": line.persona.fallback.busy,
+    }.get(ended.reason, ())
+    if not lines or not line.request.fallback or line.has_spoken:
+        return None
+    return lines[(line.job.sampling.seed or 0) % len(lines)]
+
+
+def _batch_end(batch_id: wire.Id, batch: _Batch, now: float) -> wire.BatchEnd:
+    return wire.BatchEnd(
+        batch=batch_id,
+        ok=batch.num_ok,
+        failed=batch.num_failed,
+        wall_ms=round(1000 * (now - batch.arrival), 3),
+        forwards=batch.num_forwards,
+    )
