@@ -19,7 +19,7 @@ from npc_runtime.errors import (
     UnsupportedError,
     WireError,
 )
-from npc_runtime.persona import Library, Message, Persona
+from npc_runtime.persona import Library, Message, Persona, Sampling
 
 if TYPE_CHECKING:
     from npc_runtime.engine.core import Ended, Spoken, Started
@@ -385,8 +385,13 @@ class Session:
         return _Line(request=request, batch=batch, job=job, persona=persona, prompt_hash=digest)
 
     def _resolve(self, asked: wire.LineSampling, persona: Persona) -> wire.LineSampling:
-        """Fill in the persona's settings. Under `trim` the persona's hard limit caps what was asked."""
-        authored = persona.sampling.model_dump()
+        """Fill in the persona's settings. Under `trim` the persona's hard limit caps what was asked.
+
+        A line that asks for temperature 0 gets plain greedy decoding: nothing authored bends the choice, so that
+        it can be compared with any other program.
+        """
+        plain = Sampling(temperature=0.0, top_p=1.0, stop=persona.sampling.stop)
+        authored = (plain if asked.temperature == 0 else persona.sampling).model_dump()
         given = {name: value for name, value in asked.model_dump().items() if value is not None}
         max_tokens = given.get("max_tokens", persona.limits.hard_tokens)
         if asked.trim == "sentence":

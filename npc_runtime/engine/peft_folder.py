@@ -105,6 +105,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         "fully trained modules (modules_to_save)": config.get("modules_to_save"),
         "trained tokens (trainable_token_indices)": config.get("trainable_token_indices"),
         "fan_in_fan_out": config.get("fan_in_fan_out"),
+        "layer_replication": config.get("layer_replication"),
+        "activated LoRA (alora_invocation_tokens)": config.get("alora_invocation_tokens"),
     }
     for what, is_used in refused.items():
         if is_used:

@@ -26,6 +26,7 @@ def uniform(seed: int, position: int) -> float:
     return ((z ^ (z >> 31)) >> 11) / (1 << 53)
 
 
+@torch.inference_mode()
 def sample(
     logits: Tensor,  # (num_rows, vocab) float32, changed
     sequences: Rows[Sequence],

@@ -1,0 +1,43 @@
+# Every target sets up what it needs. TORCH_INDEX: a PyTorch wheel index, e.g. for CPU-only Linux machines
+# make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test check generate clean
+
+demo: $(VENV)/.runtime
+	@$(BIN)/npc-runtime demo
+
+test: $(VENV)/.dev
+	@$(BIN)/python -P -m pytest
+
+check: $(VENV)/.dev
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+# Writes PROTOCOL.md and tests/golden/ from the models; tests fail when they are stale.
+generate: $(VENV)/.dev
+	@$(BIN)/python -P tests/generate.py
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "npc-runtime needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@echo "making $(VENV) (the packages are about 1 GB; a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: left to itself, pip takes the newest build with several GB of CUDA.
+$(VENV)/.runtime: $(BIN)/python pyproject.toml constraints.txt
+	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@$(PIP) install -c constraints.txt -e '.[dev,train]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,122 @@
+"""Fixtures: the embedded base, tiny random models, the oracle (transformers + PEFT), and a daemon process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+MS = float(os.environ.get("NPC_TEST_MS", "0.001"))
+"""Seconds in a test's millisecond; raise it on a slow machine."""
+
+
+@pytest.fixture(scope="session")
+def base_folder():
+    from npc_runtime.engine.embedded import ensure_embedded_base
+
+    return ensure_embedded_base(lambda label, fraction: None)
+
+
+@pytest.fixture(scope="session")
+def float_base():
+    """The embedded base in float32, loaded once."""
+    from npc_runtime.daemon import load_base
+
+    return load_base("smollm2-135m", "float32", lambda label, fraction: None)
+
+
+@dataclass
+class DaemonProcess:
+    process: subprocess.Popen
+    log: tempfile._TemporaryFileWrapper
+    endpoint: dict
+
+    @property
+    def url(self):
+        return f"ws://127.0.0.1:{self.endpoint['port']}/v1"
+
+    @property
+    def token(self):
+        return self.endpoint["token"]
+
+    def read_log(self):
+        self.log.seek(0)
+        return self.log.read()
+
+    def stop(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        return self.process.wait(10_000 * MS)
+
+
+def start_daemon(*options, env=None, cwd=None):
+    log = tempfile.NamedTemporaryFile("w+", suffix=".log")
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "npc_runtime", "serve", "--port", "0", *options],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env={**os.environ, **(env or {})},
+        cwd=cwd,
+    )
+    line = process.stdout.readline()
+    daemon = DaemonProcess(process, log, json.loads(line) if line else {})
+    if not line:
+        process.wait(10_000 * MS)
+    return daemon
+
+
+def discard(daemon):
+    if daemon.process.poll() is None:
+        daemon.process.kill()
+    daemon.process.wait()
+    daemon.process.stdout.close()
+    daemon.log.close()
+
+
+@pytest.fixture
+def make_daemon():
+    """Start daemons with any options; all are gone after the test."""
+    started = []
+
+    def make(*options, **settings):
+        started.append(start_daemon(*options, **settings))
+        return started[-1]
+
+    yield make
+    for daemon in started:
+        discard(daemon)
+
+
+@pytest.fixture(scope="session")
+def daemon():
+    """One daemon with the shipped personas, in float32, for all tests that only talk to it."""
+    from npc_runtime.persona import shipped_personas
+
+    running = start_daemon("--personas", str(shipped_personas()), "--dtype", "float32", "--project", "pytest")
+    assert running.endpoint, running.read_log()
+    yield running
+    discard(running)
+
+
+@pytest.fixture
+def make_persona(tmp_path):
+    """Write a persona folder below tmp_path/personas."""
+
+    def make(persona_id, folder=None, **fields):
+        folder = Path(folder or tmp_path / "personas") / persona_id
+        folder.mkdir(parents=True)
+        document = {"schema": 1, "id": persona_id, "display_name": persona_id.title(), "bio": "A guard.", **fields}
+        (folder / "persona.yaml").write_text(json.dumps(document), encoding="utf-8")
+        return folder
+
+    return make

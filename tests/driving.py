@@ -1,0 +1,64 @@
+"""Drives an engine without its thread, step by step, with an integrity check after each."""
+
+from dataclasses import dataclass, field
+
+from npc_runtime.engine.core import Ended, EngineConfig, Request, SamplingParams, Spoken, Started
+from npc_runtime.engine.engine import Engine
+
+
+@dataclass
+class Run:
+    """What came out: events of each request, and how many forwards served each group."""
+
+    events: dict = field(default_factory=dict)
+    forwards: dict = field(default_factory=dict)
+    tokens: dict = field(default_factory=dict)
+
+    def on_step(self, step):
+        for event in step.events:
+            self.events.setdefault(event.request_id, []).append(event)
+        for group in step.groups:
+            self.forwards[group] = self.forwards.get(group, 0) + 1
+
+    def ended(self, request_id):
+        ends = [event for event in self.events.get(request_id, []) if isinstance(event, Ended)]
+        assert len(ends) <= 1
+        return ends[0] if ends else None
+
+    def spoken(self, request_id):
+        return "".join(event.text for event in self.events[request_id] if isinstance(event, Spoken))
+
+    def started(self, request_id):
+        return next(event for event in self.events[request_id] if isinstance(event, Started))
+
+
+def make_engine(base, store, config=None, **options):
+    run = Run()
+    config = config or EngineConfig(kv_tokens=4096)
+    return Engine(base.decoder, base.tokenizer, store, config, on_step=run.on_step, **options), run
+
+
+def speak(engine, run, requests, max_steps=2_000):
+    """Submit together and step until every line ended; also keeps every line's token ids in `run.tokens`."""
+    engine.submit(requests)
+    sequences = {}
+    for _ in range(max_steps):
+        engine.step()
+        engine.check_integrity()
+        sequences.update({s.request.id: s for s in engine._scheduler.running})
+        run.tokens = {request_id: s.output_ids for request_id, s in sequences.items()}
+        if all(run.ended(request.id) for request in requests):
+            return run
+    raise AssertionError("the engine did not finish")
+
+
+def greedy(request_id, prompt_ids, adapter, *, max_tokens=48, group="batch", **sampling):
+    settings = {"seed": 0, "temperature": 0.0, "min_tokens": max_tokens, **sampling}
+    return Request(
+        id=request_id,
+        prompt_ids=tuple(prompt_ids),
+        sampling=SamplingParams(max_tokens=max_tokens, **settings),
+        arrival=0.0,
+        adapter=adapter,
+        group=group,
+    )
