@@ -21,7 +21,7 @@ check: $(VENV)/.dev
 
 # Writes PROTOCOL.md and tests/golden/ from the models; tests fail when they are stale.
 generate: $(VENV)/.dev
-	@$(BIN)/python -P tests/generate.py
+	@$(BIN)/python tests/generate.py
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

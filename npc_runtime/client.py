@@ -19,9 +19,9 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.typing import Subprotocol
 
-from npc_runtime import __version__
+from npc_runtime import __version__, codec
 from npc_runtime import protocol as wire
-from npc_runtime.errors import DisconnectedError, InvalidError, NpcError
+from npc_runtime.errors import DisconnectedError, InvalidError, NpcError, ProtocolError
 
 __all__ = ["Batch", "BatchEvent", "Client", "RequestError"]
 
@@ -60,6 +60,16 @@ class Batch:
         """Cancel what still runs; every line still gets its end."""
         await self._client.send(wire.Cancel(batch=self.id))
 
+    async def put(self, event: BatchEvent) -> None:
+        """Take an event from the connection."""
+        await self._events.put(event)
+
+    def fail(self, reason: NpcError) -> None:
+        """The connection is gone: the reader gets the reason, in place of the last event if the queue is full."""
+        if self._events.full():
+            self._events.get_nowait()
+        self._events.put_nowait(reason)
+
     async def __aiter__(self) -> AsyncIterator[BatchEvent]:
         while True:
             event = await self._events.get()
@@ -86,7 +96,12 @@ class Client:
 
     @classmethod
     async def connect(
-        cls, url: str, *, token: str | None = None, name: str = "npc-runtime-python", json_frames: bool = False
+        cls,
+        url: str,
+        *,
+        token: str | None = None,
+        name: str = "npc-runtime-python",
+        json_frames: bool = False,
     ) -> Self:
         """Open a connection and wait for `welcome`. Raises `DisconnectedError` with the daemon's reason."""
         subprotocol = Subprotocol(wire.SUBPROTOCOLS[1 if json_frames else 0])
@@ -100,7 +115,7 @@ class Client:
             )
             await client.send(hello)
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                message = wire.parse_server(wire.decode(await socket.recv(), client._subprotocol))
+                message = codec.parse_server(codec.decode(await socket.recv(), client._subprotocol))
         except ConnectionClosed as error:
             raise _disconnected(error) from error
         except (OSError, WebSocketException, TimeoutError) as error:
@@ -167,7 +182,7 @@ class Client:
     async def send(self, message: wire.ClientMessage) -> None:
         """Send one message. Raises `DisconnectedError`."""
         try:
-            await self._socket.send(wire.encode(message, self._subprotocol))
+            await self._socket.send(codec.encode(message, self._subprotocol))
         except ConnectionClosed as error:
             raise _disconnected(error) from error
 
@@ -189,7 +204,7 @@ class Client:
         reason: NpcError = DisconnectedError("The connection was closed.")
         try:
             async for frame in self._socket:
-                await self._dispatch(wire.parse_server(wire.decode(frame, self._subprotocol)))
+                await self._dispatch(codec.parse_server(codec.decode(frame, self._subprotocol)))
         except ConnectionClosed as error:
             reason = _disconnected(error)
         except NpcError as error:
@@ -199,31 +214,32 @@ class Client:
                 if not answer.done():
                     answer.set_exception(reason)
             for batch in self._batches.values():
-                if batch._events.full():
-                    batch._events.get_nowait()
-                batch._events.put_nowait(reason)
+                batch.fail(reason)
 
     async def _dispatch(self, message: wire.ServerMessage) -> None:
         match message:
             case wire.Accepted():
-                owner = self._batches.get(message.batch)
-                for item in message.items:
-                    if item.status == "queued" and owner is not None:
-                        self._line_owners[item.line] = owner
-                self._answer(message.re, message.model_dump())
+                self._take_accepted(message)
             case wire.Reply():
                 self._take_reply(message)
             case wire.Error():
                 self._fail(message)
             case wire.Delta():
                 for delta in message.items:
-                    await self._line_owners[delta.line]._events.put(delta)
+                    await self._line_owners[delta.line].put(delta)
             case wire.LineStart():
-                await self._line_owners[message.line]._events.put(message)
+                await self._line_owners[message.line].put(message)
             case wire.LineEnd():
-                await self._line_owners.pop(message.line)._events.put(message)
+                await self._line_owners.pop(message.line).put(message)
             case wire.BatchEnd():
-                await self._batches.pop(message.batch)._events.put(message)
+                await self._batches.pop(message.batch).put(message)
+            case wire.Welcome():
+                raise ProtocolError("The daemon said welcome twice.")
+
+    def _take_accepted(self, message: wire.Accepted) -> None:
+        owner = self._batches[message.batch]
+        self._line_owners.update((item.line, owner) for item in message.items if item.status == "queued")
+        self._answer(message.re, message.model_dump())
 
     def _take_reply(self, message: wire.Reply) -> None:
         """Answers come whole, or as parts in order."""

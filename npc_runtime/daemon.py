@@ -13,7 +13,7 @@ from pathlib import Path
 from npc_runtime import __version__
 from npc_runtime.discovery import Endpoint, project_of, remove_endpoint, write_endpoint
 from npc_runtime.engine.adapters import AdapterStore
-from npc_runtime.engine.core import EngineConfig, StepOutput
+from npc_runtime.engine.core import EngineConfig
 from npc_runtime.engine.device import Device, DTypeName, choose_device, explain_unused_gpu
 from npc_runtime.engine.embedded import OnProgress
 from npc_runtime.engine.engine import Engine

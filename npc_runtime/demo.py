@@ -27,7 +27,7 @@ __all__ = ["Performance", "Scene", "play", "show"]
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 5.0
-SHOUT = "The king is dead! What will you do now?"
+SHOUT = "The king is dead!"
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class Performance:
     @property
     def is_complete(self) -> bool:
         """Whether every line was spoken."""
-        return self.totals["failed"] == 0 and self.totals["ok"] > 0
+        return bool(self.totals["ok"]) and not self.totals["failed"]
 
 
 async def play(
@@ -93,8 +93,7 @@ async def play(
 
 async def _speak(client: Client, scene: Scene, on_change: Callable[[Scene], None]) -> None:
     lines = [
-        {"line": line, "persona": role.persona, "input": {"text": scene.shout}}
-        for line, role in scene.roles.items()
+        {"line": line, "persona": role.persona, "input": {"text": scene.shout}} for line, role in scene.roles.items()
     ]
     async for event in await client.generate(lines):
         match event:
@@ -178,9 +177,7 @@ async def _daemon(serve_options: list[str]) -> AsyncIterator[Endpoint]:
     # -P keeps the current folder off sys.path: a checkout's kernels/ would shadow the package of that name.
     command = [sys.executable, "-P", "-m", "npc_runtime", "serve", "--port", "0", *serve_options]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             yield await asyncio.to_thread(_wait_for_endpoint, process, log)
         finally:
@@ -207,9 +204,7 @@ def _wait_for_endpoint(process: subprocess.Popen[str], log: Any) -> Endpoint:
     raise StartupError("The daemon did not start:\n" + "\n".join(said[-8:]))
 
 
-def default_serve_options(
-    *, base: str, personas: Path | None, dtype: str, threads: int | None
-) -> list[str]:
+def default_serve_options(*, base: str, personas: Path | None, dtype: str, threads: int | None) -> list[str]:
     """The daemon's command-line options for these settings."""
     options = ["--base", base, "--dtype", dtype, "--project", "demo"]
     options += ["--personas", str(personas)] if personas else []

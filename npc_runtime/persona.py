@@ -8,7 +8,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+)
 
 from npc_runtime.errors import PersonaInvalid, PersonaUnknown, WireError
 
@@ -59,7 +67,7 @@ class Sampling(Document):
     top_p: float = Field(default=0.95, gt=0.0, le=1.0)
     top_k: int = Field(default=0, ge=0, le=1_000_000)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=5.0)
+    repetition_penalty: float = Field(default=1.0, ge=0.1, le=5.0)
     stop: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = Field(default=(), max_length=8)
 
 
@@ -70,13 +78,16 @@ class Limits(Document):
     hard_tokens: int = Field(default=60, ge=1, le=1_024)
 
 
+FallbackLines = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=1_000)], ...], Field(max_length=32)]
+
+
 class Fallback(Document):
     """Authored lines for when nothing could be generated."""
 
-    timeout: tuple[str, ...] = ()
-    refusal: tuple[str, ...] = ()
-    greeting: tuple[str, ...] = ()
-    busy: tuple[str, ...] = ()
+    timeout: FallbackLines = ()
+    refusal: FallbackLines = ()
+    greeting: FallbackLines = ()
+    busy: FallbackLines = ()
 
 
 class Context(BaseModel):
@@ -104,7 +115,7 @@ def _as_adapters(value: Any) -> Any:
 
 
 class Persona(Document):
-    """An authored character. `folder` is where it was read from; adapter paths are relative to it."""
+    """An authored character."""
 
     version: Literal[1] = Field(alias="schema")
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
@@ -116,12 +127,17 @@ class Persona(Document):
     sampling: Sampling = Sampling()
     limits: Limits = Limits()
     fallback: Fallback = Fallback()
-    folder: Path = Field(default=Path(), exclude=True)
+    _folder: Path = PrivateAttr(default=Path())
 
-    @field_validator("bio", "speech_style", "display_name")
+    @field_validator("bio", "speech_style", "display_name", mode="before")
     @classmethod
-    def _strip(cls, value: str) -> str:
-        return " ".join(value.split())
+    def _strip(cls, value: Any) -> Any:
+        return " ".join(value.split()) if isinstance(value, str) else value
+
+    @property
+    def folder(self) -> Path:
+        """Where it was read from; adapter paths are relative to it."""
+        return self._folder
 
     @property
     def adapter_name(self) -> str | None:
@@ -159,7 +175,7 @@ class Persona(Document):
                 "Update npc-runtime, or save the persona for the older schema.",
             )
         try:
-            persona = cls.model_validate({**document, "folder": folder})
+            persona = cls.model_validate(document)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "the document"
@@ -168,6 +184,7 @@ class Persona(Document):
             raise PersonaInvalid(
                 f"{path}: id '{persona.id}' is not the folder's name '{folder.name}'.", "Rename one of them."
             )
+        persona._folder = folder
         return persona
 
 
@@ -198,7 +215,8 @@ class Library:
     def find(self, persona_id: str) -> Persona:
         """Return a persona that can speak. Raises `PersonaUnknown`, or the problem that was found with it."""
         if persona_id in self.problems:
-            raise self.problems[persona_id]
+            problem = self.problems[persona_id]
+            raise type(problem)(problem.message, problem.hint)  # a fresh one, or its traceback would grow
         if persona_id not in self._personas:
             known = ", ".join(sorted(self._personas)[:20]) or "none"
             raise PersonaUnknown(f"There is no persona '{persona_id[:64]}'.", f"Loaded are: {known}.")
@@ -212,14 +230,16 @@ def shipped_personas() -> Path:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAML
 
     try:
         data = path.read_bytes()
         if len(data) > MAX_FILE_BYTES:
             raise PersonaInvalid(f"{path} is larger than {MAX_FILE_BYTES // 1024} KiB.", "Shorten it.")
         document = YAML(typ="safe", pure=True).load(data.decode("utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError, RecursionError, ValueError) as error:
+    except PersonaInvalid:
+        raise
+    except Exception as error:  # besides YAMLError, ruamel's constructors raise whatever a bad tag provokes
         reason = " ".join(str(error).split())[:300]
         raise PersonaInvalid(f"{path} cannot be read: {reason}.", "Correct the file.") from error
     if not isinstance(document, dict):

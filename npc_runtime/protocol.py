@@ -1,22 +1,13 @@
-"""The wire protocol, version 1: every message as a model, and its two encodings.
+"""The wire protocol, version 1: every message as a model.
 
-One message a frame: a map with `type`. `npc.v1.msgpack` sends binary frames, `npc.v1.json` text frames. This
-module is the definition; PROTOCOL.md and tests/golden/ are generated from it. It does no I/O.
+This module is the definition; PROTOCOL.md and tests/golden/ are generated from it. `codec` turns the models
+into frames and back.
 """
 
-import json
 from typing import Annotated, Any, Literal
 
-import msgpack
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
-from npc_runtime.errors import (
-    FormatUnsupported,
-    InvalidError,
-    ProtocolError,
-    UnsupportedError,
-    WireError,
-)
 from npc_runtime.persona import Context
 
 __all__ = [
@@ -44,6 +35,7 @@ __all__ = [
     "ErrorInfo",
     "Generate",
     "Hello",
+    "Id",
     "Input",
     "LineEnd",
     "LineRequest",
@@ -58,12 +50,7 @@ __all__ = [
     "Usage",
     "Want",
     "Welcome",
-    "decode",
-    "encode",
-    "frame_size",
-    "parse_client",
-    "parse_line",
-    "parse_server",
+    "is_id",
 ]
 
 PROTOCOL_VERSION = 1
@@ -84,11 +71,6 @@ LIMITS = {
     "frame": MAX_CLIENT_FRAME,
 }
 """`welcome.limits`: code points of a text and of a reply, live lines of a connection, lines of a batch, …"""
-
-_LATER = frozenset(
-    "npc.open npc.close npc.history npc.snapshot npc.restore persona.get persona.put persona.validate persona.delete "
-    "warmup world.set test.run train.start train.cancel watch config shutdown".split()
-)
 
 
 class CloseCode:
@@ -116,7 +98,22 @@ class Options(BaseModel):
 
 
 ShortText = Annotated[str, Field(max_length=64)]
-Id = Annotated[int, Field(ge=-(2**53) + 1, le=2**53 - 1)] | Annotated[str, Field(min_length=1, max_length=64)]
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value may be an id: an integer that every language holds exactly, or a short text."""
+    if isinstance(value, str):
+        return 0 < len(value) <= 64
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+
+
+def _check_id(value: Any) -> Any:
+    if not is_id(value):
+        raise ValueError("an id is an integer up to ±(2^53-1) or a text of 1 to 64 characters")
+    return value
+
+
+Id = Annotated[int | str, PlainValidator(_check_id)]
 
 
 class Request(Message):
@@ -172,7 +169,7 @@ class LineSampling(Options):
     top_p: float | None = Field(default=None, gt=0.0, le=1.0)
     top_k: int | None = Field(default=None, ge=0, le=1_000_000)
     min_p: float | None = Field(default=None, ge=0.0, le=1.0)
-    repetition_penalty: float | None = Field(default=None, gt=0.0, le=5.0)
+    repetition_penalty: float | None = Field(default=None, ge=0.1, le=5.0)
     seed: int | None = Field(default=None, ge=0, le=2**53 - 1)
     min_tokens: int = Field(default=0, ge=0, le=LIMITS["max_tokens"])
     max_tokens: int | None = Field(default=None, ge=1, le=LIMITS["max_tokens"])
@@ -406,88 +403,3 @@ SERVER_MESSAGES = (Welcome, Accepted, LineStart, Delta, LineEnd, BatchEnd, Reply
 
 ClientMessage = Hello | Generate | Cancel | PersonaList | Status | Bye
 ServerMessage = Welcome | Accepted | LineStart | Delta | LineEnd | BatchEnd | Reply | Error
-
-_CLIENT: TypeAdapter[ClientMessage] = TypeAdapter(Annotated[ClientMessage, Field(discriminator="type")])
-_SERVER: TypeAdapter[ServerMessage] = TypeAdapter(Annotated[ServerMessage, Field(discriminator="type")])
-_CLIENT_TYPES = frozenset(model.model_fields["type"].default for model in CLIENT_MESSAGES)
-
-
-def encode(message: BaseModel, subprotocol: str) -> bytes | str:
-    """Encode a message for its subprotocol; fields that are None are left out."""
-    document = message.model_dump(mode="json", exclude_none=True)
-    if subprotocol == "npc.v1.json":
-        return json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-    packed: bytes = msgpack.packb(document)
-    return packed
-
-
-def frame_size(message: BaseModel, subprotocol: str) -> int:
-    """Bytes that the encoded message takes."""
-    encoded = encode(message, subprotocol)
-    return len(encoded.encode() if isinstance(encoded, str) else encoded)
-
-
-def decode(frame: bytes | str, subprotocol: str) -> dict[str, Any]:
-    """Decode a frame to a map. Raises `ProtocolError` for whatever is not one; never anything else."""
-    is_text = subprotocol == "npc.v1.json"
-    if isinstance(frame, str) != is_text:
-        kind = "text" if is_text else "binary"
-        raise ProtocolError(f"{subprotocol} carries {kind} frames.", "Use the other frame type, or subprotocol.")
-    try:
-        document = json.loads(frame) if is_text else msgpack.unpackb(frame)
-        if is_text and "\\ud" in str(frame).lower():  # an escaped half of a surrogate pair is not a character
-            json.dumps(document, ensure_ascii=False).encode()
-    except (ValueError, RecursionError, msgpack.UnpackException, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise ProtocolError(f"The frame is not {subprotocol[7:]} ({reason}).", "Send one map a frame.") from error
-    if not isinstance(document, dict) or not isinstance(document.get("type"), str):
-        raise ProtocolError("The frame is not a map with a text 'type'.", "Send one map a frame.")
-    return document
-
-
-def parse_client(document: dict[str, Any]) -> ClientMessage:
-    """Check a client's message. Raises `UnsupportedError` for a type that is not served, `InvalidError` naming a field."""
-    kind = document["type"]
-    if kind not in _CLIENT_TYPES:
-        later = " yet" if kind in _LATER else ""
-        raise UnsupportedError(
-            f"This daemon does not serve '{kind[:64]}'{later}.", "See welcome.caps for what it does."
-        )
-    try:
-        return _CLIENT.validate_python(document)
-    except (ValidationError, RecursionError) as error:
-        raise _first_problem(error, skip=1) from error
-
-
-def parse_line(document: Any) -> LineRequest:
-    """Check one entry of `generate.lines`. Raises `InvalidError`, `UnsupportedError` or `FormatUnsupported`."""
-    try:
-        line = LineRequest.model_validate(document)
-    except (ValidationError, RecursionError) as error:
-        raise _first_problem(error) from error
-    if line.format.kind != "text":
-        raise FormatUnsupported(f"format.kind '{line.format.kind}' is not served yet.", "Use 'text'.")
-    refused = {"npc": line.npc, "draft": line.draft, "emotions": line.emotions, "actions": line.actions}
-    for name, value in refused.items():
-        if value is not None:
-            raise UnsupportedError(f"'{name}' is not served yet.", "Name a persona, and leave this field out.")
-    return line
-
-
-def parse_server(document: dict[str, Any]) -> ServerMessage:
-    """Check a daemon's message, for clients. Raises `ProtocolError`."""
-    try:
-        return _SERVER.validate_python(document)
-    except ValidationError as error:
-        raise ProtocolError(f"The daemon sent a message that is not of this protocol: {error}") from error
-
-
-def _first_problem(error: ValidationError | RecursionError, *, skip: int = 0) -> WireError:
-    """Name the first wrong field; `skip` leaves out the union's tag in front of the path."""
-    if isinstance(error, RecursionError):
-        return ProtocolError("The message is nested too deeply.", "Send flat maps.")
-    problem = error.errors(include_url=False)[0]
-    field = ".".join(str(part)[:64] for part in problem["loc"][skip:]) or "the message"
-    if problem["type"] == "extra_forbidden":
-        return InvalidError(f"'{field}' is not an option.", "PROTOCOL.md lists the options.")
-    return InvalidError(f"'{field}' is invalid: {problem['msg'][:200]}.", "PROTOCOL.md has the bounds.")

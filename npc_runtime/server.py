@@ -22,15 +22,16 @@ from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 from websockets.typing import Subprotocol
 
+from npc_runtime import codec
 from npc_runtime import protocol as wire
 from npc_runtime.engine.core import Ended, EngineStats, Request, SamplingParams, Spoken, Started, StepOutput
 from npc_runtime.engine.engine import Engine
+from npc_runtime.line import Job
 from npc_runtime.persona import Library
 from npc_runtime.session import (
     Close,
     DaemonInfo,
     Effect,
-    Job,
     Renderer,
     Send,
     SendStatus,
@@ -168,9 +169,9 @@ class NpcServer:
     def _refusal(self, socket_: ServerConnection) -> tuple[int, str] | None:
         """Why this connection is closed at once. After accepting, since browsers and Mono see no other reason."""
         assert socket_.request is not None
-        origin = socket_.request.headers.get("Origin")
-        if origin is not None and origin not in {f"http://{name}" for name in self._names()}:
-            logger.warning("refused a connection from the web page %s", origin[:200])
+        origins = set(socket_.request.headers.get_all("Origin"))
+        if not origins <= {f"http://{name}" for name in self._names()}:
+            logger.warning("refused a connection from the web page %s", str(origins)[:200])
             return wire.CloseCode.ORIGIN, "this origin may not connect"
         if socket_.subprotocol not in wire.SUBPROTOCOLS:
             return wire.CloseCode.PROTOCOL, f"offer a subprotocol: {' or '.join(wire.SUBPROTOCOLS)}"
@@ -180,9 +181,10 @@ class NpcServer:
 
     def _process_request(self, _: ServerConnection, request: HttpRequest) -> Response | None:
         """Answer plain HTTP; None lets a WebSocket handshake go on. A Host of others is DNS rebinding: refused."""
-        if self._host not in ("0.0.0.0", "::") and request.headers.get("Host") not in self._names():
+        hosts = set(request.headers.get_all("Host"))
+        if self._host not in ("0.0.0.0", "::") and not (hosts and hosts <= self._names()):
             return _respond(http.HTTPStatus.MISDIRECTED_REQUEST, "text/plain", "This is not the host you asked for.\n")
-        if "websocket" in request.headers.get("Upgrade", "").lower():
+        if "websocket" in " ".join(request.headers.get_all("Upgrade")).lower():
             is_ours = request.path.partition("?")[0] == "/v1"
             return None if is_ours else _respond(http.HTTPStatus.NOT_FOUND, "text/plain", "Connect to /v1.\n")
         if request.path == "/healthz":
@@ -265,7 +267,7 @@ class _Connection:
                     await self._socket.close(message.code, message.reason)
                     return
                 async with asyncio.timeout(SEND_TIMEOUT_S):
-                    await self._socket.send(wire.encode(message, self._session.subprotocol))
+                    await self._socket.send(codec.encode(message, self._session.subprotocol))
                 self._session.is_congested = self._outbox.qsize() > CONGESTED_OUTBOX
                 self._plan_tick(time.monotonic())
         except TimeoutError:
@@ -312,7 +314,7 @@ def _select_subprotocol(_: ServerConnection, offered: Iterable[Subprotocol]) -> 
     """Take ours if it is offered; else echo the first, so that the client can be told why it is closed."""
     offers = list(offered)
     ours = [name for name in offers if name in wire.SUBPROTOCOLS]
-    return (ours or offers or [None])[0]
+    return next(iter(ours or offers), None)
 
 
 def _respond(status: http.HTTPStatus, kind: str, text: str) -> Response:
@@ -347,5 +349,3 @@ def _to_request(job: Job, group: Hashable) -> Request:
 def _split_group(group: Hashable) -> tuple[_Connection, wire.Id]:
     assert isinstance(group, tuple)
     return group[0], group[1]
-
-

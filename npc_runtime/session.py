@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from npc_runtime import codec
 from npc_runtime import protocol as wire
 from npc_runtime.errors import (
     ContextOverflow,
@@ -19,12 +20,23 @@ from npc_runtime.errors import (
     UnsupportedError,
     WireError,
 )
-from npc_runtime.persona import Library, Message, Persona, Sampling
+from npc_runtime.line import Job, Line, chat_messages, error_info, line_end, line_start, resolve_sampling
+from npc_runtime.persona import Library, Message
 
 if TYPE_CHECKING:
     from npc_runtime.engine.core import Ended, Spoken, Started
 
-__all__ = ["Close", "DaemonInfo", "Effect", "Job", "Renderer", "Send", "SendStatus", "Session", "Stop", "Submit"]
+__all__ = [
+    "Close",
+    "DaemonInfo",
+    "Effect",
+    "Renderer",
+    "Send",
+    "SendStatus",
+    "Session",
+    "Stop",
+    "Submit",
+]
 
 MAX_CLOSE_REASON = 120  # bytes; a close frame has room for 123
 
@@ -46,20 +58,6 @@ class DaemonInfo:
     backend: str
     base: wire.BaseModelInfo
     token: str | None  # None: --no-auth
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One line for the engine, everything resolved."""
-
-    request_id: int
-    batch: wire.Id
-    adapter: str | None
-    prompt_ids: tuple[int, ...]
-    sampling: wire.LineSampling  # no None left but `stop` is a list
-    soft_words: int
-    priority: int
-    deadline_ms: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +100,6 @@ Effect = Send | SendStatus | Submit | Stop | Close
 
 
 @dataclass(slots=True)
-class _Line:
-    """A live line."""
-
-    request: wire.LineRequest
-    batch: wire.Id
-    job: Job
-    persona: Persona
-    prompt_hash: str
-    seq: int = 0
-    pending: str = ""
-    has_spoken: bool = False
-
-
-@dataclass(slots=True)
 class _Batch:
     """A batch with live lines."""
 
@@ -153,7 +137,7 @@ class Session:
         self._new_seed = new_seed
         self._state: Literal["opening", "open", "closed"] = "opening"
         self._want = wire.Want()
-        self._lines: dict[wire.Id, _Line] = {}
+        self._lines: dict[wire.Id, Line] = {}
         self._by_request: dict[int, wire.Id] = {}
         self._batches: dict[wire.Id, _Batch] = {}
         self._next_tick: float | None = None
@@ -174,9 +158,9 @@ class Session:
             return []
         re = None
         try:
-            document = wire.decode(frame, self.subprotocol)
-            re = _echo_id(document.get("id"))
-            message = wire.parse_client(document)
+            document = codec.decode(frame, self.subprotocol)
+            re = _echo(document.get("id"))
+            message = codec.parse_client(document)
             if self._state == "opening":
                 return self._on_hello(message)
             return self._on_message(message, now)
@@ -188,13 +172,13 @@ class Session:
     def on_started(self, event: "Started") -> list[Effect]:
         """A line got its first forward pass."""
         line = self._line_of(event.request_id)
-        return [] if line is None else [Send(_line_start(line, event))]
+        return [] if line is None else [Send(line_start(line, event))]
 
     def on_spoken(self, event: "Spoken") -> list[Effect]:
         """More text of a line; it is sent by `after_step` if it is the line's first, else by `tick`."""
         line = self._line_of(event.request_id)
         if line is not None:
-            line.has_spoken = True
+            line.has_spoken |= line.request.stream
             line.pending += event.text if line.request.stream else ""
         return []
 
@@ -210,7 +194,7 @@ class Session:
         is_ok = event.reason in ("stop", "length")
         batch.num_ok += is_ok
         batch.num_failed += not is_ok
-        effects.append(Send(_line_end(line, event)))
+        effects.append(Send(line_end(line, event)))
         if not batch.live:
             del self._batches[line.batch]
             effects.append(Send(_batch_end(line.batch, batch, now)))
@@ -252,17 +236,14 @@ class Session:
     def reply(self, re: wire.Id | None, body: dict[str, Any]) -> list[Effect]:
         """Answer a question, in parts if it is larger than the client's frames may be."""
         whole = wire.Reply(re=re, body=body)
-        if wire.frame_size(whole, self.subprotocol) <= self._want.max_frame:
+        if codec.frame_size(whole, self.subprotocol) <= self._want.max_frame:
             return [Send(whole)]
         text = json.dumps(body, ensure_ascii=False)
         size = self._want.max_frame // 8  # a character takes at most 6 bytes, escaped
         pieces = [text[start : start + size] for start in range(0, len(text), size)]
         return [
-            Send(wire.Reply(re=re, part=number, parts=len(pieces), data=piece))
-            for number, piece in enumerate(pieces)
+            Send(wire.Reply(re=re, part=number, parts=len(pieces), data=piece)) for number, piece in enumerate(pieces)
         ]
-
-    # -- messages ----------------------------------------------------------------------------------------------
 
     def _on_hello(self, message: wire.ClientMessage) -> list[Effect]:
         if not isinstance(message, wire.Hello):
@@ -292,10 +273,10 @@ class Session:
             limits={**wire.LIMITS, "context": self._info.base.context},
             personas=[],
         )
-        room = self._want.max_frame - wire.frame_size(welcome, self.subprotocol)
+        room = self._want.max_frame - codec.frame_size(welcome, self.subprotocol)
         fitting = []
         for persona in self._persona_infos():
-            room -= wire.frame_size(persona, self.subprotocol) + 1
+            room -= codec.frame_size(persona, self.subprotocol) + 1
             if room < 0:
                 break
             fitting.append(persona)
@@ -346,15 +327,15 @@ class Session:
             batch.live.add(line.request.line)
             jobs.append(line.job)
             items.append(wire.AcceptedItem(line=line.request.line, status="queued"))
-        effects: list[Effect] = [Send(wire.Accepted(batch=message.batch, re=message.id, items=items))]
+        effects: list[Effect] = [Send(self._fit(wire.Accepted(batch=message.batch, re=message.id, items=items)))]
         if jobs:
             self._batches[message.batch] = batch
             return [*effects, Submit(tuple(jobs))]
         return [*effects, Send(_batch_end(message.batch, batch, now))]
 
-    def _prepare(self, document: Any, batch: wire.Id) -> _Line:
+    def _prepare(self, document: Any, batch: wire.Id) -> Line:
         """Check one line and resolve everything it leaves to the persona."""
-        request = wire.parse_line(document)
+        request = codec.parse_line(document)
         if request.line in self._lines:
             raise InvalidError(f"line {request.line!r} is still running.", "Give every line its own id.")
         if len(self._lines) >= wire.LIMITS["lines"]:
@@ -362,8 +343,8 @@ class Session:
         if request.persona is None:
             raise InvalidError("'persona' is missing.", "Name the persona that speaks.")
         persona = self._library.find(request.persona)
-        sampling = self._resolve(request.sampling, persona)
-        prompt_ids = self._render(_messages(request, persona))
+        sampling = resolve_sampling(request.sampling, persona, self._new_seed)
+        prompt_ids = self._render(chat_messages(request, persona))
         total = len(prompt_ids) + (sampling.max_tokens or 0)
         if total > self._info.base.context:
             raise ContextOverflow(
@@ -382,31 +363,18 @@ class Session:
             deadline_ms=request.deadline_ms,
         )
         digest = hashlib.sha256(",".join(map(str, prompt_ids)).encode()).hexdigest()[:16]
-        return _Line(request=request, batch=batch, job=job, persona=persona, prompt_hash=digest)
+        return Line(request=request, batch=batch, job=job, persona=persona, prompt_hash=digest)
 
-    def _resolve(self, asked: wire.LineSampling, persona: Persona) -> wire.LineSampling:
-        """Fill in the persona's settings. Under `trim` the persona's hard limit caps what was asked.
+    def _fit(self, accepted: wire.Accepted) -> wire.Accepted:
+        """Shorten what is said about rejected lines until the frame is small enough; the codes always stay."""
+        for shorter in ({"hint": None}, {"hint": None, "message": None}):
+            if codec.frame_size(accepted, self.subprotocol) <= self._want.max_frame:
+                break
+            items = [item.model_copy(update=shorter) for item in accepted.items]
+            accepted = accepted.model_copy(update={"items": items})
+        return accepted
 
-        A line that asks for temperature 0 gets plain greedy decoding: nothing authored bends the choice, so that
-        it can be compared with any other program.
-        """
-        plain = Sampling(temperature=0.0, top_p=1.0, stop=persona.sampling.stop)
-        authored = (plain if asked.temperature == 0 else persona.sampling).model_dump()
-        given = {name: value for name, value in asked.model_dump().items() if value is not None}
-        max_tokens = given.get("max_tokens", persona.limits.hard_tokens)
-        if asked.trim == "sentence":
-            max_tokens = min(max_tokens, persona.limits.hard_tokens)
-        if asked.min_tokens > max_tokens:
-            raise InvalidError(
-                f"sampling.min_tokens {asked.min_tokens} is more than the line may have ({max_tokens}).",
-                "Lower it, or raise max_tokens with trim 'none'.",
-            )
-        seed = {"seed": self._new_seed()} if asked.seed is None else {}
-        return wire.LineSampling.model_validate({**authored, **given, **seed, "max_tokens": max_tokens})
-
-    # -- what is sent ------------------------------------------------------------------------------------------
-
-    def _flush(self, lines: Iterable[_Line]) -> list[Effect]:
+    def _flush(self, lines: Iterable[Line]) -> list[Effect]:
         """Put the waiting text of these lines into as few frames as their size allows."""
         frames: list[list[wire.DeltaItem]] = [[]]
         room = self._want.max_frame
@@ -422,7 +390,7 @@ class Session:
             line.seq, line.pending = line.seq + 1, ""
         return [Send(wire.Delta(items=items)) for items in frames if items]
 
-    def _line_of(self, request_id: int) -> _Line | None:
+    def _line_of(self, request_id: int) -> Line | None:
         line_id = self._by_request.get(request_id)
         return None if line_id is None else self._lines[line_id]
 
@@ -434,7 +402,7 @@ class Session:
                 id=persona_id,
                 display_name=known[persona_id].display_name if persona_id in known else persona_id,
                 adapter=known[persona_id].adapter_name if persona_id in known else None,
-                error=_error_info(problems.get(persona_id)),
+                error=error_info(problems.get(persona_id)),
             )
             for persona_id in sorted({*known, *problems})
         ]
@@ -444,91 +412,16 @@ class Session:
         return [*effects, Close(code, reason.encode()[:MAX_CLOSE_REASON].decode(errors="ignore"))]
 
 
-def _messages(request: wire.LineRequest, persona: Persona) -> list[Message]:
-    """The chat messages of a line. Raises `InvalidError` for an empty or too long text."""
-    if (request.input is None) == (request.messages is None):
-        raise InvalidError("A line needs either 'input' or 'messages'.", "Send input{text}.")
-    if request.input is not None:
-        history: list[Message] = []
-        text, speaker, field_name = request.input.text, request.input.speaker, "input.text"
-    else:
-        turns = request.messages or []
-        if not turns or turns[-1].role != "user":
-            raise InvalidError("'messages' must end with a user turn.", "The last one is what is answered.")
-        history = [{"role": turn.role, "content": turn.content} for turn in turns[:-1]]
-        text, speaker, field_name = turns[-1].content, None, "messages"
-    if not text.strip():
-        raise InvalidError(f"'{field_name}' is empty.", "Send what the player said.")
-    num_chars = len(text) + sum(len(message["content"]) for message in history)
-    if num_chars > wire.LIMITS["text_chars"]:
-        raise InvalidError(
-            f"'{field_name}' has {num_chars} characters.", f"The limit is {wire.LIMITS['text_chars']}; shorten it."
-        )
-    return persona.messages(history, text, speaker=speaker, context=request.context)
-
-
-def _echo_id(value: Any) -> wire.Id | None:
+def _echo(value: Any) -> wire.Id | None:
     """A client's id if it is a valid one, for echoing."""
-    is_id = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
-    return value if is_id or (isinstance(value, str) and 0 < len(value) <= 64) else None
+    return value if wire.is_id(value) else None
 
 
 def _rejected(document: Any, error: WireError) -> wire.AcceptedItem:
     line = document.get("line") if isinstance(document, dict) else None
     return wire.AcceptedItem(
-        line=_echo_id(line), status="rejected", code=error.code, message=error.message, hint=error.hint
+        line=_echo(line), status="rejected", code=error.code, message=error.message, hint=error.hint
     )
-
-
-def _error_info(error: WireError | None) -> wire.ErrorInfo | None:
-    if error is None:
-        return None
-    return wire.ErrorInfo(code=error.code, message=error.message, hint=error.hint, retryable=error.retryable)
-
-
-def _line_start(line: _Line, started: "Started") -> wire.LineStart:
-    return wire.LineStart(
-        line=line.request.line,
-        persona=line.persona.id,
-        adapter=line.job.adapter,
-        seed=line.job.sampling.seed or 0,
-        queue_ms=round(started.queue_ms, 3),
-        batch_size=started.batch_size,
-    )
-
-
-def _line_end(line: _Line, ended: "Ended") -> wire.LineEnd:
-    spare = _fallback_text(line, ended)
-    first = ended.first_text_ms
-    return wire.LineEnd(
-        line=line.request.line,
-        reason=ended.reason.value,
-        text=ended.text if spare is None else spare,
-        fallback=spare is not None,
-        error=_error_info(ended.error),
-        usage=wire.Usage(prompt=ended.num_prompt, completion=ended.num_completion),
-        timing=wire.Timing(
-            queue_ms=round(ended.queue_ms, 3),
-            ttft_ms=None if first is None else round(first, 3),
-            total_ms=round(ended.total_ms, 3),
-            tokens_per_s=round(ended.tokens_per_s, 3),
-            batch_avg=round(ended.batch_avg, 3),
-        ),
-        seed=line.job.sampling.seed or 0,
-        prompt_hash=line.prompt_hash,
-    )
-
-
-def _fallback_text(line: _Line, ended: "Ended") -> str | None:
-    """An authored line in place of one that failed before a word was said, chosen by the line's seed."""
-    lines = {
-        "deadline": line.persona.fallback.timeout,
-        "error": line.persona.fallback.timeout,
-        "overload": line.persona.fallback.busy,
-    }.get(ended.reason, ())
-    if not lines or not line.request.fallback or line.has_spoken:
-        return None
-    return lines[(line.job.sampling.seed or 0) % len(lines)]
 
 
 def _batch_end(batch_id: wire.Id, batch: _Batch, now: float) -> wire.BatchEnd:

@@ -58,7 +58,7 @@ class DaemonProcess:
 
 
 def start_daemon(*options, env=None, cwd=None):
-    log = tempfile.NamedTemporaryFile("w+", suffix=".log")
+    log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 - discard() closes it
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "npc_runtime", "serve", "--port", "0", *options],
         stdin=subprocess.DEVNULL,
@@ -115,7 +115,13 @@ def make_persona(tmp_path):
     def make(persona_id, folder=None, **fields):
         folder = Path(folder or tmp_path / "personas") / persona_id
         folder.mkdir(parents=True)
-        document = {"schema": 1, "id": persona_id, "display_name": persona_id.title(), "bio": "A guard.", **fields}
+        document = {
+            "schema": 1,
+            "id": persona_id,
+            "display_name": persona_id.title(),
+            "bio": "A guard.",
+            **fields,
+        }
         (folder / "persona.yaml").write_text(json.dumps(document), encoding="utf-8")
         return folder
 

@@ -112,7 +112,11 @@ def test_more_adapters_than_pages_all_speak(tiny, tmp_path):
     requests = [greedy(n + 1, range(3, 12), f"a{n}", max_tokens=8) for n in range(NUM_ADAPTERS)]
     roomy = {n: list(tokens) for n, tokens in speak(engine, run, requests).tokens.items()}
     tight = AdapterStore(
-        base.decoder.shape, base.decoder.layout, dtype=base.decoder.dtype, device=base.decoder.device, max_pages=5
+        base.decoder.shape,
+        base.decoder.layout,
+        dtype=base.decoder.dtype,
+        device=base.decoder.device,
+        max_pages=5,
     )
     for number in range(NUM_ADAPTERS):
         tight.add(f"a{number}", [(tmp_path / f"a{number}", 1.0)])

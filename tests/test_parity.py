@@ -41,7 +41,11 @@ class Cast:
 
     def store(self, base):
         store = AdapterStore(
-            base.decoder.shape, base.decoder.layout, dtype=base.decoder.dtype, device=base.decoder.device, max_pages=64
+            base.decoder.shape,
+            base.decoder.layout,
+            dtype=base.decoder.dtype,
+            device=base.decoder.device,
+            max_pages=64,
         )
         for name, (_, folder) in self.rows.items():
             if folder is not None:

@@ -1,4 +1,4 @@
-"""Persona files are read strictly, rendered in a fixed order, and one bad file never takes the others along."""
+"""Persona files are read strictly and rendered in a fixed order; a bad one never takes the others along."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def write(tmp_path, data):
     return folder
 
 
-# -- files -----------------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------------------
 
 
 def test_the_shipped_personas_load():
@@ -91,7 +91,7 @@ def test_a_wrong_field_is_named_with_its_file(make_persona, fields, named):
         pytest.param(b"schema: 1\nbio: !!python/object:os.system x\n", id="python-tag"),
         pytest.param(b"schema: 1\n? [a, b]\n: c\n", id="list-as-key"),
         pytest.param(b"schema: 1\nexamples: &loop [*loop]\n", id="endless"),
-        pytest.param(b"a: " + b"[" * 3_000, id="deep"),
+        pytest.param(b"a: " + b"[" * 1_000, id="deep"),
         pytest.param(b"# " + b"x" * 256 * 1024, id="too-large"),
     ],
 )
@@ -102,13 +102,22 @@ def test_a_file_that_is_no_persona(tmp_path, data):
     assert str(folder / "persona.yaml") in caught.value.message
 
 
-def test_half_a_surrogate_pair_is_refused(make_persona):
-    """JSON is YAML: the fixture writes it escaped."""
-    with pytest.raises(PersonaInvalid, match="bio"):
-        Persona.load(make_persona("guard", bio="\ud800"))
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"bio": "\ud800"}, "bio"),
+        ({"examples": [{"player": "\ud800", "npc": "x"}]}, "examples"),
+        ({"fallback": {"timeout": ["\ud800"]}}, "fallback"),
+        ({"adapter": "\ud800"}, "adapter"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused(make_persona, fields, named):
+    """It can never be sent. JSON is YAML: the fixture writes it escaped."""
+    with pytest.raises(PersonaInvalid, match=named):
+        Persona.load(make_persona("guard", **fields))
 
 
-# -- the library -----------------------------------------------------------------------------------------------
+# -- the library ---------------------------------------------------------------------------------------------
 
 
 def test_a_bad_persona_does_not_affect_the_others(make_persona, tmp_path):
@@ -149,7 +158,7 @@ def test_asking_for_a_bad_persona_again_and_again_keeps_nothing(make_persona, tm
     assert num_frames() == num_frames()
 
 
-# -- what the model reads --------------------------------------------------------------------------------------
+# -- what the model reads ------------------------------------------------------------------------------------
 
 
 def test_messages_are_system_examples_history_and_the_line():

@@ -11,9 +11,7 @@ from npc_runtime.errors import ContextOverflow, OverloadError
 
 
 def make_scheduler(**sizes):
-    return Scheduler(
-        EngineConfig(**{"block_size": 4, "kv_tokens": 64, "max_rows": 4, "max_step_tokens": 16, **sizes})
-    )
+    return Scheduler(EngineConfig(**{"block_size": 4, "kv_tokens": 64, "max_rows": 4, "max_step_tokens": 16, **sizes}))
 
 
 def make_request(request_id, prompt=4, reply=3, **fields):
@@ -40,7 +38,7 @@ def ids_of(sequences):
     return [sequence.request.id for sequence in sequences]
 
 
-# -- blocks ----------------------------------------------------------------------------------------------------
+# -- blocks --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("prompt", "reply", "expected"), [(1, 1, 1), (4, 1, 1), (4, 2, 2), (5, 3, 2), (9, 8, 4)])
@@ -71,7 +69,7 @@ def test_lost_and_doubled_blocks_are_noticed(damage):
         blocks.check_integrity([sequence])
 
 
-# -- order -----------------------------------------------------------------------------------------------------
+# -- order ---------------------------------------------------------------------------------------------------
 
 
 def test_priority_first_then_arrival():
@@ -117,7 +115,7 @@ def test_admit_is_asked_only_when_everything_else_is_there():
         asked.append(sequence.request.id)
         return True
 
-    scheduler = make_scheduler(kv_tokens=16, max_rows=2)
+    scheduler = make_scheduler(kv_tokens=16)
     for request_id in (1, 2, 3):
         scheduler.add(make_request(request_id, prompt=6, reply=2))
     step(scheduler, admit)
@@ -127,7 +125,7 @@ def test_admit_is_asked_only_when_everything_else_is_there():
     assert asked == [1, 2, 3]
 
 
-# -- steps -----------------------------------------------------------------------------------------------------
+# -- steps ---------------------------------------------------------------------------------------------------
 
 
 def test_a_long_prompt_comes_in_chunks_beside_rows_that_speak():
@@ -169,7 +167,7 @@ def test_groups_are_those_of_the_running_rows():
     assert scheduler.groups == {"a", "b"}
 
 
-# -- bounds ----------------------------------------------------------------------------------------------------
+# -- bounds --------------------------------------------------------------------------------------------------
 
 
 def test_the_queue_is_bounded():
@@ -190,7 +188,7 @@ def test_a_line_that_can_never_fit_is_refused():
     assert step(scheduler) == [(2, 0, 15)]
 
 
-# -- leaving ---------------------------------------------------------------------------------------------------
+# -- leaving -------------------------------------------------------------------------------------------------
 
 
 def test_deadlines_take_out_running_and_waiting_lines():

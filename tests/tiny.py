@@ -79,7 +79,11 @@ def make_adapter(base, folder, *, rank=8, seed=0, std=0.05, name="base", **optio
         "target_modules", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     config = LoraConfig(
-        r=rank, lora_alpha=options.pop("lora_alpha", 2 * rank), target_modules=targets, task_type="CAUSAL_LM", **options
+        r=rank,
+        lora_alpha=options.pop("lora_alpha", 2 * rank),
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        **options,
     )
     model = get_peft_model(base, config)
     with torch.no_grad():

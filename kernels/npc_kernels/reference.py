@@ -78,9 +78,7 @@ def paged_attention(
     keys = k_cache[batch.block_tables].flatten(1, 2).transpose(1, 2)
     values = v_cache[batch.block_tables].flatten(1, 2).transpose(1, 2)
     queries = q[batch.query_index].transpose(1, 2)
-    out = F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=batch.attention_mask, enable_gqa=True
-    )
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=batch.attention_mask, enable_gqa=True)
     return out.transpose(1, 2)[batch.token_rows, batch.token_columns]
 
 

@@ -109,9 +109,11 @@ def _download(work: Path, on_progress: OnProgress) -> Path:
 def _watch(process: subprocess.Popen[bytes], landing: Path, report: Callable[[float], None]) -> None:
     """Report the share of the wheel that lies on disk until the process ends, or stop it after the time limit."""
     give_up = time.monotonic() + DOWNLOAD_TIMEOUT_S
+    fraction = 0.0
     try:
         while process.poll() is None and time.monotonic() < give_up:
-            report(min(_bytes_under(landing) / WHEEL_BYTES, 1.0))
+            fraction = max(fraction, min(_bytes_under(landing) / WHEEL_BYTES, 1.0))
+            report(fraction)
             time.sleep(0.1)
     finally:
         if process.poll() is None:

@@ -108,9 +108,7 @@ class KvCache:
     ) -> "KvCache":
         """Zeros, so that a masked slot can never hold a NaN."""
         size = (shape.num_layers, num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
-        return cls(
-            torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device)
-        )
+        return cls(torch.zeros(size, dtype=dtype, device=device), torch.zeros(size, dtype=dtype, device=device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +190,7 @@ class Decoder:
         kv: KvCache,
     ) -> Tensor:  # (num_tokens, q_size)
         shape = self.shape
-        q, k, v = qkv.split((shape.q_size, shape.kv_size, shape.kv_size), dim=-1)
+        q, k, v = torch.split(qkv, [shape.q_size, shape.kv_size, shape.kv_size], dim=-1)
         q = q.view(-1, shape.num_heads, shape.head_dim)
         k = k.view(-1, shape.num_kv_heads, shape.head_dim)
         v = v.view(-1, shape.num_kv_heads, shape.head_dim)
@@ -244,9 +242,7 @@ def _take_layer(weights: _Weights, shape: ModelShape, index: int, rotates: bool)
     sizes = {"q": shape.q_size, "k": shape.kv_size, "v": shape.kv_size}
     qkv = [weights.take(f"{attention}.{name}_proj.weight", size, shape.hidden) for name, size in sizes.items()]
     biases = [weights.take_optional(f"{attention}.{name}_proj.bias", size) for name, size in sizes.items()]
-    gate_up = [
-        weights.take(f"{mlp}.{name}_proj.weight", shape.intermediate, shape.hidden) for name in ("gate", "up")
-    ]
+    gate_up = [weights.take(f"{mlp}.{name}_proj.weight", shape.intermediate, shape.hidden) for name in ("gate", "up")]
     present = [bias for bias in biases if bias is not None]
     return _Layer(
         input_norm=weights.take(f"{prefix}.input_layernorm.weight", shape.hidden),
@@ -269,9 +265,7 @@ def _rope_tables(config: Any, shape: ModelShape, device: torch.device) -> tuple[
 
     kind = config.rope_parameters["rope_type"]
     if kind not in FIXED_ROPES:
-        raise StartupError(
-            f"RoPE of type {kind} is not supported.", f"Supported types are {', '.join(FIXED_ROPES)}."
-        )
+        raise StartupError(f"RoPE of type {kind} is not supported.", f"Supported types are {', '.join(FIXED_ROPES)}.")
     scaling = 1.0
     if kind == "default":
         exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim

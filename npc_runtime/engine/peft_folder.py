@@ -168,7 +168,8 @@ def _read_pairs(path: Path, shape: ModelShape, layout: PageLayout, made_for: str
 def _as_pair(path: Path, key: tuple[int, str], pair: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     if len(pair) != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
         raise AdapterIncompatible(
-            f"{path}: layer {key[0]} {key[1]} lacks lora_A or lora_B, or their ranks differ.", "Export it again."
+            f"{path}: layer {key[0]} {key[1]} lacks lora_A or lora_B, or their ranks differ.",
+            "Export it again.",
         )
     return pair["A"], pair["B"]
 

@@ -46,7 +46,9 @@ class Runner:
         size = self._block_size
         max_query = max(row.stop - row.start for row in rows)
         max_blocks = max(-(-row.stop // size) for row in rows)
-        positions, kv_slots, columns, token_rows = [], [], [], []
+        positions: list[int] = []
+        columns: list[int] = []
+        kv_slots, token_rows = [], []
         tables, query_index, last_tokens = [], [], []
         for number, row in enumerate(rows):
             first = len(positions)

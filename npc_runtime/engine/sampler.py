@@ -1,6 +1,7 @@
 """From logits to the next token of every row: one batched call, each row with its own settings and seed."""
 
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,10 @@ __all__ = ["sample", "uniform"]
 
 NUM_CANDIDATES = 1_024
 """Top logits looked at before a full sort is needed; real nuclei are far smaller."""
+
+MIN_TEMPERATURE = 1e-4
+MIN_TOP_P = 1e-6
+"""Below these, float32 has nothing left to choose from; the best token is taken either way."""
 
 _MASK64 = (1 << 64) - 1
 
@@ -40,9 +45,7 @@ def sample(
     chosen = logits.argmax(dim=-1)
     drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
     if drawn:
-        draws = [
-            uniform(sequences[row].request.sampling.seed, len(sequences[row].output_ids)) for row in drawn
-        ]
+        draws = [uniform(sequences[row].request.sampling.seed, len(sequences[row].output_ids)) for row in drawn]
         params = [sequences[row].request.sampling for row in drawn]
         chosen[drawn] = _draw(logits[drawn], params, draws)
     ids: list[int] = chosen.tolist()
@@ -69,40 +72,72 @@ def _draw(
     params: list[SamplingParams],
     draws: list[float],
 ) -> Tensor:  # (num_rows,)
+    """Draw from each row's truncated distribution; most rows need only the head of their sorted logits."""
+
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, device=logits.device, dtype=torch.float32)[:, None]
 
-    logits = logits / column([p.temperature for p in params])
-    total = logits.logsumexp(dim=-1, keepdim=True)
     vocab = logits.shape[1]
-    ranks = column([float(p.top_k or vocab) for p in params])
-    nucleus = column([p.top_p for p in params])
-    values, tokens = logits.topk(min(NUM_CANDIDATES, vocab), dim=-1)
-    probabilities = (values - total).exp()
-    beyond = (probabilities.sum(-1, keepdim=True) < nucleus) & (ranks > probabilities.shape[1])
-    if beyond.any():
-        values, tokens = logits.sort(dim=-1, descending=True)
-        probabilities = (values - total).exp()
-    probabilities = _truncate(probabilities, ranks, nucleus, column([p.min_p for p in params]))
-    cumulative = probabilities.cumsum(-1)
-    goal = column(draws) * cumulative[:, -1:]
-    index = (cumulative <= goal).sum(-1, keepdim=True)
-    # Rounding can push the goal onto the sum itself; the last token that still has weight takes it.
-    index = index.minimum((probabilities > 0).sum(-1, keepdim=True) - 1)
-    return tokens.gather(1, index)[:, 0]
+    logits = logits / column([max(p.temperature, MIN_TEMPERATURE) for p in params])
+    settings = _Truncation(
+        ranks=column([float(min(p.top_k or vocab, vocab)) for p in params]),
+        nucleus=column([max(p.top_p, MIN_TOP_P) for p in params]),
+        min_p=column([p.min_p for p in params]),
+        draws=column(draws),
+        total=logits.logsumexp(dim=-1, keepdim=True),
+    )
+    values, tokens = _sorted_head(logits)
+    mass = (values - settings.total).exp().sum(-1, keepdim=True)
+    short = (settings.ranks > values.shape[1]) & ((settings.ranks < vocab) | (mass < settings.nucleus))
+    chosen = _choose(values, tokens, settings)
+    rest = short[:, 0].nonzero()[:, 0]
+    if len(rest):  # row by row, so that a neighbour's settings never change how a row is computed
+        values, tokens = logits[rest].sort(dim=-1, descending=True, stable=True)
+        chosen[rest] = _choose(values, tokens, settings.rows(rest))
+    return chosen
 
 
-def _truncate(
-    probabilities: Tensor,  # (num_rows, num_candidates), descending
-    ranks: Tensor,  # (num_rows, 1) top-k
-    nucleus: Tensor,  # (num_rows, 1) top-p
-    min_p: Tensor,  # (num_rows, 1)
-) -> Tensor:  # (num_rows, num_candidates), zero where dropped
+@dataclass(frozen=True, slots=True)
+class _Truncation:
+    """What each row keeps of its distribution, and its draw; all (num_rows, 1)."""
+
+    ranks: Tensor
+    nucleus: Tensor
+    min_p: Tensor
+    draws: Tensor
+    total: Tensor  # log of the sum of all exponentials
+
+    def rows(self, index: Tensor) -> "_Truncation":
+        """Some of the rows."""
+        return _Truncation(
+            self.ranks[index], self.nucleus[index], self.min_p[index], self.draws[index], self.total[index]
+        )
+
+
+def _sorted_head(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logits and their tokens, descending, equal ones by token as a stable sort has them."""
+    tokens = logits.topk(min(NUM_CANDIDATES, logits.shape[1]), dim=-1).indices.sort(dim=-1).values
+    values, order = logits.gather(1, tokens).sort(dim=-1, descending=True, stable=True)
+    return values, tokens.gather(1, order)
+
+
+def _choose(
+    values: Tensor,  # (num_rows, num_candidates), descending
+    tokens: Tensor,  # like values
+    settings: _Truncation,
+) -> Tensor:  # (num_rows,)
     """Keep the first k; of what they sum to, the fewest that reach p; of those, all above min-p × the best."""
-    order = torch.arange(probabilities.shape[1], device=probabilities.device)[None]
-    kept = probabilities.masked_fill(order >= ranks, 0)
+    probabilities = (values - settings.total).exp()
+    order = torch.arange(values.shape[1], device=values.device)[None]
+    kept = probabilities.masked_fill(order >= settings.ranks, 0)
     before = kept.cumsum(-1) - kept
     # Without top-k the nucleus is a share of the whole distribution, of which the candidates are the head.
-    whole = torch.where(ranks < probabilities.shape[1], kept.sum(-1, keepdim=True), torch.ones_like(nucleus))
-    kept = kept.masked_fill(before >= nucleus * whole, 0)
-    return kept.masked_fill(probabilities < min_p * probabilities[:, :1], 0)
+    is_top_k = settings.ranks <= values.shape[1]
+    whole = torch.where(is_top_k, kept.sum(-1, keepdim=True), torch.ones_like(settings.nucleus))
+    kept = kept.masked_fill((before >= settings.nucleus * whole) & (order > 0), 0)
+    kept = kept.masked_fill(probabilities < settings.min_p * probabilities[:, :1], 0)
+    cumulative = kept.cumsum(-1)
+    index = (cumulative <= settings.draws * cumulative[:, -1:]).sum(-1, keepdim=True)
+    # Rounding can push the goal onto the sum itself; the last token that still has weight takes it.
+    index = index.minimum((kept > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
+    return tokens.gather(1, index)[:, 0]

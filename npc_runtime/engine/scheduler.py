@@ -61,9 +61,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. Raises `OverloadError` or `ContextOverflow`; then nothing is queued."""
         if len(self._waiting) >= self._config.max_waiting:
-            raise OverloadError(
-                f"{self._config.max_waiting} lines are already waiting.", "Send fewer, or wait."
-            )
+            raise OverloadError(f"{self._config.max_waiting} lines are already waiting.", "Send fewer, or wait.")
         sequence = Sequence(request)
         if self.blocks.num_needed(sequence) > self.blocks.num_blocks:
             raise ContextOverflow(

@@ -81,9 +81,7 @@ def read_config(folder: Path) -> Any:
             )
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except (ValueError, AttributeError, TypeError, KeyError, OSError) as error:
-        raise StartupError(
-            f"{folder}/config.json cannot be read ({error}).", "Fetch the model again."
-        ) from error
+        raise StartupError(f"{folder}/config.json cannot be read ({error}).", "Fetch the model again.") from error
     _weight_files(folder)
     return config
 

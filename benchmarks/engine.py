@@ -1,0 +1,113 @@
+"""How many tokens a second the engine speaks, by the number of NPCs, each with its own adapter or with none.
+
+    .venv/bin/python -P benchmarks/engine.py [--dtype float32] [--rows 1 8 32]
+
+SmolLM2-135M, a prompt of 43 tokens, 100 new tokens, adapters of rank 16 on all seven linears (random: the
+arithmetic does not depend on the values). Rounds with and without adapters alternate; medians. Prints the
+machine, a table, and one JSON line last.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+from npc_runtime.daemon import LoadedBase, load_base
+from npc_runtime.engine.adapters import AdapterStore
+from npc_runtime.engine.core import Ended, EngineConfig, Request, SamplingParams, StepOutput
+from npc_runtime.engine.engine import Engine
+
+PROMPT_TOKENS, NEW_TOKENS, RANK, ROUNDS = 43, 100, 16, 3
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse_options()
+    base = load_base("smollm2-135m", options.dtype, lambda label, fraction: None)
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {base.device.backend}"
+    print(f"{machine}, load {os.getloadavg()[0]:.1f}")
+    print(f"{'NPCs':>5} {'base only':>12} {'own adapters':>13}   tokens/s")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        store = make_store(base, max(options.rows), Path(folder))
+        for num_rows in options.rows:
+            speeds: dict[bool, list[float]] = {False: [], True: []}
+            for _ in range(ROUNDS):
+                for adapted, measured in speeds.items():
+                    measured.append(measure(base, store, num_rows, adapted=adapted))
+            plain, own = (statistics.median(speeds[adapted]) for adapted in (False, True))
+            print(f"{num_rows:>5} {plain:>12.1f} {own:>13.1f}")
+            rows.append({"npcs": num_rows, "base_only": round(plain, 1), "own_adapters": round(own, 1)})
+    print(json.dumps({"benchmark": "engine", "machine": machine, "rows": rows}))
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "auto"), default="auto")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    return parser.parse_args()
+
+
+def make_store(base: LoadedBase, count: int, folder: Path) -> AdapterStore:
+    """Random adapters a0, a1, … in PEFT's format."""
+    from safetensors.torch import save_file
+
+    shape = base.decoder.shape
+    sizes = {
+        "self_attn.q_proj": (shape.hidden, shape.q_size),
+        "self_attn.k_proj": (shape.hidden, shape.kv_size),
+        "self_attn.v_proj": (shape.hidden, shape.kv_size),
+        "self_attn.o_proj": (shape.q_size, shape.hidden),
+        "mlp.gate_proj": (shape.hidden, shape.intermediate),
+        "mlp.up_proj": (shape.hidden, shape.intermediate),
+        "mlp.down_proj": (shape.intermediate, shape.hidden),
+    }
+    store = AdapterStore(shape, base.decoder.layout, dtype=base.decoder.dtype, device=base.decoder.device, max_pages=64)
+    for number in range(count):
+        path = folder / f"a{number}"
+        path.mkdir()
+        tensors = {}
+        for layer in range(shape.num_layers):
+            for module, (inputs, outputs) in sizes.items():
+                name = f"base_model.model.model.layers.{layer}.{module}"
+                tensors[f"{name}.lora_A.weight"] = torch.randn(RANK, inputs) / inputs**0.5
+                tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, RANK) * 0.01
+        save_file(tensors, str(path / "adapter_model.safetensors"))
+        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}
+        (path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        store.add(path.name, [(path, 1.0)])
+    return store
+
+
+def measure(base: LoadedBase, store: AdapterStore, num_rows: int, *, adapted: bool) -> float:
+    """Tokens per second of one batch, prefill included."""
+    live = set(range(num_rows))
+
+    def on_step(step: StepOutput) -> None:
+        live.difference_update(event.request_id for event in step.events if isinstance(event, Ended))
+
+    engine = Engine(base.decoder, base.tokenizer, store, EngineConfig(), on_step=on_step)
+    sampling = SamplingParams(seed=0, max_tokens=NEW_TOKENS, min_tokens=NEW_TOKENS, temperature=0.7)
+    prompt = tuple(range(100, 100 + PROMPT_TOKENS))
+    requests = [
+        Request(id=n, prompt_ids=prompt, sampling=sampling, arrival=0.0, adapter=f"a{n}" if adapted else None)
+        for n in range(num_rows)
+    ]
+    engine.submit(requests)
+    started = time.perf_counter()
+    while live:
+        engine.step()
+    return num_rows * NEW_TOKENS / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,418 @@
+"""A real daemon, over real sockets, by a client that shares no code with it."""
+
+import asyncio
+import json
+import signal
+import socket
+import time
+
+import msgpack
+import pytest
+from conftest import MS
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from npc_runtime.client import Client, RequestError
+from npc_runtime.errors import DisconnectedError
+from npc_runtime.persona import shipped_personas
+
+ALL = ("brom", "marta", "odo", "thalindra", "vaskar")
+
+
+class Game:
+    """An independent client: frames in, maps out."""
+
+    def __init__(self, socket_, subprotocol):
+        self.socket = socket_
+        self.is_json = subprotocol == "npc.v1.json"
+
+    async def send(self, **message):
+        await self.socket.send(json.dumps(message) if self.is_json else msgpack.packb(message))
+
+    async def receive(self):
+        frame = await asyncio.wait_for(self.socket.recv(), 30_000 * MS)
+        assert isinstance(frame, str) == self.is_json
+        assert len(frame if isinstance(frame, bytes) else frame.encode()) <= 32 * 1024
+        return json.loads(frame) if self.is_json else msgpack.unpackb(frame)
+
+    async def until(self, kind):
+        messages = []
+        while not messages or messages[-1]["type"] != kind:
+            messages.append(await self.receive())
+        return messages
+
+
+class play:
+    """Connect, say hello with the right token, and expect welcome."""
+
+    def __init__(self, daemon, subprotocol="npc.v1.msgpack", **hello):
+        self.daemon, self.subprotocol = daemon, subprotocol
+        self.hello = {"type": "hello", "protocol": 1, "token": daemon.token, **hello}
+
+    async def __aenter__(self):
+        self.socket = await connect(self.daemon.url, subprotocols=[self.subprotocol], compression=None)
+        game = Game(self.socket, self.subprotocol)
+        await game.send(**self.hello)
+        game.welcome = await game.receive()
+        assert game.welcome["type"] == "welcome"
+        return game
+
+    async def __aexit__(self, *_):
+        await self.socket.close()
+
+
+def line(number, persona="odo", text="Hello there.", **fields):
+    return {"line": number, "persona": persona, "input": {"text": text}, **fields}
+
+
+@pytest.mark.parametrize("subprotocol", ["npc.v1.msgpack", "npc.v1.json"])
+async def test_one_batch_all_personas(daemon, subprotocol):
+    async with play(daemon, subprotocol) as game:
+        assert [persona["id"] for persona in game.welcome["personas"]] == list(ALL)
+        lines = [line(n, persona, "The king is dead!") for n, persona in enumerate(ALL)]
+        await game.send(type="generate", id=9, batch="b", lines=lines)
+        messages = await game.until("batch.end")
+    accepted, end = messages[0], messages[-1]
+    assert accepted["type"] == "accepted"
+    assert accepted["re"] == 9
+    assert {item["status"] for item in accepted["items"]} == {"queued"}
+    starts = {m["line"]: m for m in messages if m["type"] == "line.start"}
+    ends = {m["line"]: m for m in messages if m["type"] == "line.end"}
+    assert {starts[n]["adapter"] if n != 1 else None for n in range(5)} == {*ALL, None} - {"marta"}
+    assert {start["batch_size"] for start in starts.values()} == {5}
+    assert "adapter" not in starts[1]
+    assert (end["ok"], end["failed"]) == (5, 0)
+    assert end["forwards"] == max(m["usage"]["completion"] for m in ends.values())
+    for number, finished in ends.items():
+        assert deltas(messages, number).startswith(finished["text"])
+        assert finished["text"]
+        assert finished["usage"]["completion"] <= 60
+        assert finished["timing"]["ttft_ms"] > 0
+
+
+def deltas(messages, number):
+    items = [item for m in messages if m["type"] == "delta" for item in m["items"] if item["line"] == number]
+    assert [item["seq"] for item in items] == list(range(len(items)))
+    return "".join(item["text"] for item in items)
+
+
+async def test_lines_end_at_a_sentence(daemon):
+    async with play(daemon) as game:
+        lines = [
+            line(n, persona, text) for n, (persona, text) in enumerate((p, t) for p in ALL for t in ["Hello?", "Help!"])
+        ]
+        await game.send(type="generate", batch=1, lines=lines)
+        ends = [m for m in await game.until("batch.end") if m["type"] == "line.end"]
+    assert len(ends) == 10
+    for end in ends:
+        assert end["text"].rstrip("\"'”’)")[-1] in ".!?…", end
+        assert end["text"] == end["text"].strip()
+
+
+async def test_a_seed_replays_a_line_alone_and_in_a_crowd(daemon):
+    async with play(daemon) as game:
+        crowd = [line(n, persona, "Who are you?", sampling={"seed": 40 + n}) for n, persona in enumerate(ALL)]
+        await game.send(type="generate", batch=1, lines=crowd)
+        together = {m["line"]: m for m in await game.until("batch.end") if m["type"] == "line.end"}
+        await game.send(type="generate", batch=2, lines=[crowd[3]])
+        alone = [m for m in await game.until("batch.end") if m["type"] == "line.end"]
+    assert alone[0]["text"] == together[3]["text"]
+    assert alone[0]["seed"] == 43
+    assert alone[0]["prompt_hash"] == together[3]["prompt_hash"]
+
+
+async def test_bad_lines_are_named_and_the_others_finish(daemon):
+    bad = {
+        "unknown": (line("unknown", "nobody"), "persona_unknown"),
+        "empty": (line("empty", text=" \n"), "invalid"),
+        "long": (line("long", text="a" * 8_001), "invalid"),
+        "option": (line("option", sampling={"temprature": 1}), "invalid"),
+        "npc": ({"line": "npc", "npc": "odo_1", "input": {"text": "Hi."}}, "unsupported"),
+        "format": (line("format", format={"kind": "regex", "value": "a"}), "format_unsupported"),
+    }
+    async with play(daemon) as game:
+        lines = [line("good"), *(document for document, _ in bad.values())]
+        await game.send(type="generate", batch=1, lines=lines)
+        messages = await game.until("batch.end")
+    items = {item["line"]: item for item in messages[0]["items"]}
+    assert items.pop("good")["status"] == "queued"
+    assert {name: item["code"] for name, item in items.items()} == {name: code for name, (_, code) in bad.items()}
+    assert all(item["message"] and item["hint"] for item in items.values())
+    assert "temprature" in items["option"]["message"]
+    assert "8000" in items["long"]["hint"]
+    assert (messages[-1]["ok"], messages[-1]["failed"]) == (1, len(bad))
+    assert [m["line"] for m in messages if m["type"] == "line.end"] == ["good"]
+
+
+async def test_cancel_ends_one_line_and_leaves_its_neighbours(daemon):
+    async with play(daemon) as game:
+        long = {"trim": "none", "max_tokens": 400, "min_tokens": 400}
+        short = {"seed": 3, "max_tokens": 30}
+        lines = [line("cancelled", sampling=long), line("kept", "brom", sampling=short)]
+        await game.send(type="generate", batch=1, lines=lines)
+        await game.until("line.start")
+        await game.send(type="cancel", lines=["cancelled", "never existed"])
+        await game.send(type="cancel", lines=["cancelled"])
+        messages = await game.until("batch.end")
+        ends = {m["line"]: m for m in messages if m["type"] == "line.end"}
+        assert ends["cancelled"]["reason"] == "cancelled"
+        assert ends["cancelled"]["usage"]["completion"] < 400
+        await game.send(type="generate", batch=2, lines=[line("alone", "brom", sampling=short)])
+        alone = [m for m in await game.until("batch.end") if m["type"] == "line.end"]
+    assert alone[0]["text"] == ends["kept"]["text"]
+
+
+async def test_a_deadline_ends_a_line_with_what_it_has(daemon):
+    async with play(daemon) as game:
+        long = {"trim": "none", "max_tokens": 500, "min_tokens": 500}
+        lines = [line(1, sampling=long, deadline_ms=700.0), line(2, sampling=long, deadline_ms=0.001)]
+        await game.send(type="generate", batch=1, lines=lines)
+        ends = {m["line"]: m for m in await game.until("batch.end") if m["type"] == "line.end"}
+    assert (ends[1]["reason"], ends[2]["reason"]) == ("deadline", "deadline")
+    assert ends[1]["text"]
+    assert not ends[1]["fallback"]
+    assert ends[2]["fallback"]
+    assert "boiling over" in ends[2]["text"]
+    assert ends[2]["usage"]["completion"] == 0
+
+
+async def test_status_and_persona_list(daemon):
+    async with await Client.connect(daemon.url, token=daemon.token) as client:
+        await client.say("odo", "Hello.")
+        status = await client.status()
+        personas = await client.personas()
+    assert (status["active"], status["queued"], status["kv_used"]) == (0, 0, 0.0)
+    assert status["forwards"] > 0
+    assert "odo" in status["adapters"]
+    assert [persona.id for persona in personas] == list(ALL)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+async def test_frames_of_random_bytes_are_answered(daemon, as_json):
+    import random
+
+    noise = random.Random(5)
+    name = "npc.v1.json" if as_json else "npc.v1.msgpack"
+    async with play(daemon, name) as game:
+        for _ in range(300):
+            frame = noise.randbytes(noise.randrange(1, 200))
+            await game.socket.send(frame.decode("latin-1") if as_json else frame)
+            answer = await game.receive()
+            assert answer["type"] == "error"
+            assert answer["code"] in ("protocol", "invalid", "unsupported")
+        await game.send(type="generate", batch=1, lines=[line(1)])
+        assert (await game.until("batch.end"))[-1]["ok"] == 1
+
+
+async def closed_with(url, *, first=None, **options):
+    """The close code and reason that a connection meets."""
+    async with connect(url, compression=None, **options) as socket_:
+        if first is not None:
+            await socket_.send(first)
+        with pytest.raises(ConnectionClosed) as caught:
+            await asyncio.wait_for(socket_.recv(), 8_000 * MS)
+    return caught.value.rcvd.code, caught.value.rcvd.reason
+
+
+HELLO = {"type": "hello", "protocol": 1}
+
+
+@pytest.mark.parametrize(
+    ("hello", "code", "reason"),
+    [
+        ({**HELLO, "token": "wrong"}, 4401, "token is wrong"),
+        (HELLO, 4401, "no token"),
+        ({**HELLO, "protocol": 2}, 4400, "protocol 1, not 2"),
+        ({"type": "status"}, 4400, "must be hello"),
+        ({"type": "hello"}, 4400, "protocol"),
+    ],
+)
+async def test_a_bad_opening_closes_with_a_reason(daemon, hello, code, reason):
+    got = await closed_with(daemon.url, first=json.dumps(hello), subprotocols=["npc.v1.json"])
+    assert got[0] == code
+    assert reason in got[1]
+
+
+async def test_other_subprotocols_and_frame_types_are_refused(daemon):
+    assert await closed_with(daemon.url, subprotocols=["chat"]) == (
+        4400,
+        "offer a subprotocol: npc.v1.msgpack or npc.v1.json",
+    )
+    assert (await closed_with(daemon.url))[0] == 4400
+    text = json.dumps({**HELLO, "token": daemon.token})
+    assert (await closed_with(daemon.url, first=text, subprotocols=["npc.v1.msgpack"]))[0] == 4400
+    assert (await closed_with(daemon.url, first=b"x" * (2**20 + 1), subprotocols=["npc.v1.msgpack"]))[0] == 1009
+
+
+async def test_web_pages_of_others_and_foreign_hosts_are_refused(daemon):
+    port = daemon.endpoint["port"]
+    for origin in ("http://evil.test", "null", f"http://127.0.0.1:{port + 1}"):
+        assert (await closed_with(daemon.url, subprotocols=["npc.v1.json"], origin=origin))[0] == 4403
+    own = f"http://localhost:{port}"
+    async with connect(daemon.url, subprotocols=["npc.v1.json"], origin=own) as socket_:
+        await socket_.send(json.dumps({**HELLO, "token": daemon.token}))
+        assert json.loads(await socket_.recv())["type"] == "welcome"
+    for host in (b"Host: evil.test\r\n", b"Host: localhost\r\nHost: evil.test\r\n", b""):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\n" + host + b"\r\n")
+        assert b" 421 " in await reader.readline()
+        writer.close()
+        await writer.wait_closed()
+    with pytest.raises(InvalidStatus, match="404"):
+        await connect(daemon.url.replace("/v1", "/other"), subprotocols=["npc.v1.json"])
+
+
+def test_plain_http(daemon):
+    import urllib.request
+
+    address = f"http://127.0.0.1:{daemon.endpoint['port']}"
+    with urllib.request.urlopen(f"{address}/healthz") as response:
+        assert json.load(response)["status"] == "ok"
+    with urllib.request.urlopen(address) as response:
+        assert b"npc-runtime" in response.read()
+        assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+
+
+async def test_vanishing_clients_leave_nothing_behind(daemon):
+    long = {"trim": "none", "max_tokens": 500, "min_tokens": 500}
+    for _ in range(5):
+        async with play(daemon) as game:
+            await game.send(type="generate", batch=1, lines=[line(n, sampling=long) for n in range(4)])
+            await game.until("line.start")
+            game.socket.transport.abort()
+    async with await Client.connect(daemon.url, token=daemon.token) as client:
+        for _ in range(100):
+            status = await client.status()
+            if status["active"] == 0 and status["connections"] == 1:
+                break
+            await asyncio.sleep(50 * MS)
+        assert (status["active"], status["queued"], status["kv_used"], status["connections"]) == (
+            0,
+            0,
+            0.0,
+            1,
+        )
+
+
+async def test_the_python_client_says_what_is_wrong(daemon):
+    with pytest.raises(DisconnectedError, match=r"4401.*token is wrong"):
+        await Client.connect(daemon.url, token="wrong")
+    with pytest.raises(DisconnectedError, match="No daemon answers"):
+        await Client.connect("ws://127.0.0.1:9/v1")
+    async with await Client.connect(daemon.url, token=daemon.token, json_frames=True) as client:
+        with pytest.raises(RequestError, match="no persona 'nobody'"):
+            await client.say("nobody", "Hello.")
+        assert (await client.say("odo", "Hello.")).reason == "stop"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_the_daemon_quickly_and_quietly(make_daemon, number):
+    """With a connection open and lines running."""
+    daemon = make_daemon("--personas", str(shipped_personas()))
+    asyncio.run(stop_while_speaking(daemon, number))
+
+
+async def stop_while_speaking(daemon, number):
+    async with play(daemon) as game:
+        long = {"trim": "none", "max_tokens": 500, "min_tokens": 500}
+        await game.send(type="generate", batch=1, lines=[line(n, sampling=long) for n in range(4)])
+        await game.until("line.start")
+        started = time.monotonic()
+        daemon.process.send_signal(number)
+        with pytest.raises(ConnectionClosed) as caught:
+            await game.until("batch.end")
+        assert caught.value.rcvd.code == 1012
+        assert await asyncio.to_thread(daemon.process.wait, 10_000 * MS) == 0
+        assert time.monotonic() - started < 2.0
+    assert "Traceback" not in daemon.read_log()
+
+
+def test_a_busy_port_says_so(make_daemon, make_persona, tmp_path):
+    make_persona("guard")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        daemon = make_daemon("--port", str(port), "--personas", str(tmp_path / "personas"))
+    assert daemon.process.returncode == 1
+    log = daemon.read_log().strip()
+    assert f"127.0.0.1:{port}" in log
+    assert "Traceback" not in log
+    assert len(log.splitlines()) == 1
+
+
+def test_broken_personas_do_not_take_the_daemon_along(make_daemon, make_persona, tmp_path):
+    """Missing, foreign and damaged adapters and a damaged file: each is named when it is asked for."""
+    make_persona("sound")
+    make_persona("missing", adapter="adapter")
+    foreign = make_persona("foreign", adapter="adapter")
+    corrupt = make_persona("corrupt", adapter="adapter")
+    make_persona("odd", temper=3)
+    from tiny import make_adapter, make_model
+
+    make_adapter(make_model("llama", tmp_path / "other"), foreign / "adapter", name="other-base")
+    (corrupt / "adapter").mkdir()
+    (corrupt / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}')
+    (corrupt / "adapter" / "adapter_model.safetensors").write_bytes(b"\x00" * 5000)
+    daemon = make_daemon("--personas", str(tmp_path / "personas"), "--no-auth")
+    assert daemon.token is None
+    items, end = asyncio.run(speak_all(daemon, ["sound", "missing", "foreign", "corrupt", "odd"]))
+    assert [items[name].get("code") for name in ("missing", "foreign", "corrupt", "odd")] == [
+        "adapter_missing",
+        "adapter_incompatible",
+        "adapter_incompatible",
+        "persona_invalid",
+    ]
+    assert "other-base" in items["foreign"]["hint"]
+    assert "temper" in items["odd"]["message"]
+    assert (end["ok"], end["failed"]) == (1, 4)
+
+
+async def speak_all(daemon, personas):
+    async with play(daemon) as game:
+        await game.send(type="generate", batch=1, lines=[line(name, name) for name in personas])
+        messages = await game.until("batch.end")
+    return {item["line"]: item for item in messages[0]["items"]}, messages[-1]
+
+
+def test_no_auth_is_for_loopback_only(make_daemon):
+    daemon = make_daemon("--host", "0.0.0.0", "--no-auth")
+    assert daemon.process.returncode == 1
+    assert "--no-auth is refused" in daemon.read_log()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such folder"),
+        (lambda path: path.mkdir(), "has no config.json"),
+        (lambda path: write_config(path, "GPTNeoXForCausalLM"), "GPTNeoXForCausalLM is not supported"),
+        (lambda path: write_config(path, "LlamaForCausalLM"), "has no *.safetensors"),
+        (lambda path: write_config(path, "LlamaForCausalLM", b"\x00" * 99), "cannot be read"),
+    ],
+)
+def test_a_base_that_is_no_model_is_refused(make_daemon, tmp_path, make, message):
+    make(tmp_path / "base")
+    daemon = make_daemon("--base", str(tmp_path / "base"), "--personas", str(shipped_personas()))
+    assert daemon.process.returncode == 1
+    assert message in daemon.read_log()
+    assert "Traceback" not in daemon.read_log()
+
+
+def write_config(path, architecture, weights=None):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"architectures": [architecture], "model_type": "llama"}))
+    if weights is not None:
+        (path / "model.safetensors").write_bytes(weights)
+
+
+def test_an_unused_gpu_is_said(make_daemon, tmp_path):
+    """A machine with an NVIDIA driver (here: a stand-in on PATH) and a torch for the CPU."""
+    import os
+
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    daemon = make_daemon("--personas", str(shipped_personas()), env={"PATH": path})
+    assert daemon.endpoint
+    assert "download.pytorch.org/whl/cu" in daemon.read_log()

@@ -1,0 +1,161 @@
+"""The house's shape: imports go down the layers, public lists are true, light modules stay light."""
+
+import ast
+import importlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# A module may import only from modules above it. README.md draws the same tree.
+LAYERS = [
+    "npc_kernels.batch",
+    "npc_kernels.reference",
+    "npc_runtime",
+    "npc_runtime.errors",
+    "npc_runtime.persona",
+    "npc_runtime.protocol",
+    "npc_runtime.codec",
+    "npc_runtime.line",
+    "npc_runtime.session",
+    "npc_runtime.discovery",
+    "npc_runtime.engine",
+    "npc_runtime.engine.core",
+    "npc_runtime.engine.blocks",
+    "npc_runtime.engine.scheduler",
+    "npc_runtime.engine.tokenizer",
+    "npc_runtime.engine.ending",
+    "npc_runtime.engine.device",
+    "npc_runtime.engine.embedded",
+    "npc_runtime.engine.weights",
+    "npc_runtime.engine.model",
+    "npc_runtime.engine.peft_folder",
+    "npc_runtime.engine.adapters",
+    "npc_runtime.engine.checks",
+    "npc_runtime.engine.sampler",
+    "npc_runtime.engine.runner",
+    "npc_runtime.engine.engine",
+    "npc_runtime.server",
+    "npc_runtime.client",
+    "npc_runtime.daemon",
+    "npc_runtime.train",
+    "npc_runtime.console",
+    "npc_runtime.demo",
+    "npc_runtime.cli",
+    "npc_runtime.__main__",
+]
+
+ENGINE_MAY_IMPORT = {"torch", "triton", "transformers", "tokenizers", "numpy", "safetensors", "npc_kernels"}
+
+WITHOUT_TORCH = [
+    "npc_runtime.protocol",
+    "npc_runtime.codec",
+    "npc_runtime.line",
+    "npc_runtime.persona",
+    "npc_runtime.session",
+    "npc_runtime.discovery",
+    "npc_runtime.client",
+    "npc_runtime.cli",
+    "npc_runtime.demo",
+    "npc_runtime.engine.core",
+    "npc_runtime.engine.blocks",
+    "npc_runtime.engine.scheduler",
+    "npc_runtime.engine.ending",
+    "npc_runtime.engine.embedded",
+]
+
+
+def module_name(path):
+    relative = path.relative_to(ROOT / "kernels" if "kernels" in path.parts else ROOT).with_suffix("")
+    return ".".join(relative.parts).removesuffix(".__init__")
+
+
+SOURCES = {
+    module_name(path): path
+    for folder in (ROOT / "npc_runtime", ROOT / "kernels" / "npc_kernels")
+    for path in sorted(folder.rglob("*.py"))
+}
+
+
+def imported(path, *, module_level=False):
+    """Names of modules that a file imports at run time; type-checking blocks do not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    nodes = tree.body if module_level else ast.walk(tree)
+    for node in nodes:
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_has_its_place():
+    assert set(SOURCES) - {"npc_kernels"} == set(LAYERS)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_imports_go_down(name):
+    above = set(LAYERS[: LAYERS.index(name)])
+    ours = {module for module in imported(SOURCES[name]) if module in LAYERS}
+    assert ours - {name} <= above
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if ".engine." in name or "npc_kernels" in name])
+def test_the_engine_needs_little_when_it_is_imported(name):
+    outside = {module.split(".")[0] for module in imported(SOURCES[name], module_level=True)}
+    outside -= set(sys.stdlib_module_names)
+    allowed = ENGINE_MAY_IMPORT | ({"npc_runtime"} if "engine" in name else set())
+    assert outside <= allowed
+    ours = {m for m in imported(SOURCES[name]) if m.startswith("npc_runtime.") and m in LAYERS}
+    if name != "npc_runtime.engine.checks":  # serves the command line, not a bare GPU machine
+        assert all(m == "npc_runtime.errors" or m.startswith("npc_runtime.engine") for m in ours)
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_torch_is_not_imported_by(name):
+    code = f"import sys, {name}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
+
+
+def test_help_answers_at_once():
+    """Under half a second, the best of five on a noisy machine."""
+    times = []
+    for _ in range(5):
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-P", "-m", "npc_runtime", "--help"], capture_output=True, text=True)
+        times.append(time.monotonic() - started)
+        assert done.returncode == 0
+        assert "serve" in done.stdout
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if not name.endswith("__main__")])
+def test_public_names_are_listed_and_true(name):
+    module = importlib.import_module(name)
+    listed = getattr(module, "__all__", [])
+    assert listed == sorted(listed, key=sort_key)
+    for public in listed:
+        assert hasattr(module, public)
+
+
+def sort_key(name):
+    """Ruff's order (RUF022): constants, then classes, then the rest."""
+    return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
+
+
+def test_every_module_says_what_it_is():
+    for name, path in SOURCES.items():
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), name

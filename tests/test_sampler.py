@@ -1,0 +1,195 @@
+"""Draws follow the distribution that a line asked for, and depend on its own seed and position alone."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from npc_runtime.engine.core import Request, SamplingParams, Sequence
+from npc_runtime.engine.sampler import NUM_CANDIDATES, sample, uniform
+
+NO_EOS = frozenset()
+LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, 0.0, 1.0, -3.0, 0.7])
+NUM_DRAWS = 4_000
+
+
+def make_row(seed=0, prompt=(), output=(), **sampling):
+    params = SamplingParams(**{"seed": seed, "max_tokens": 99, "temperature": 1.0, **sampling})
+    request = Request(id=seed, prompt_ids=tuple(prompt), sampling=params, arrival=0.0)
+    return Sequence(request, output_ids=list(output))
+
+
+def draw_many(logits, **sampling):
+    """The share of each token in many draws, one seed each."""
+    rows = [make_row(seed, **sampling) for seed in range(NUM_DRAWS)]
+    tokens = sample(logits.expand(NUM_DRAWS, -1).clone(), rows, NO_EOS)
+    return np.bincount(tokens, minlength=len(logits)) / NUM_DRAWS
+
+
+def reference(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """The same in plain numpy: first k, then the fewest that reach p of their sum, then all above min-p."""
+    scores = logits.double().numpy() / temperature
+    probabilities = np.exp(scores - scores.max())
+    probabilities /= probabilities.sum()
+    kept = np.argsort(-probabilities, kind="stable")[: top_k or None]
+    shares = np.cumsum(probabilities[kept]) / probabilities[kept].sum()
+    kept = kept[: np.searchsorted(shares, top_p) + 1]
+    kept = kept[probabilities[kept] >= min_p * probabilities.max()]
+    result = np.zeros_like(probabilities)
+    result[kept] = probabilities[kept] / probabilities[kept].sum()
+    return result
+
+
+# -- random numbers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "draws",
+    [
+        pytest.param([uniform(seed, 3) for seed in range(20_000)], id="seeds"),
+        pytest.param([uniform(3, position) for position in range(20_000)], id="positions"),
+        pytest.param([uniform(2**53 - 1 - seed, 0) for seed in range(20_000)], id="large-seeds"),
+    ],
+)
+def test_uniform_is_uniform(draws):
+    assert 0.0 <= min(draws) < max(draws) < 1.0
+    counts = np.histogram(draws, bins=20, range=(0, 1))[0]
+    assert ((counts - 1_000) ** 2 / 1_000).sum() < 43.8  # chi-square with 19 degrees of freedom, p = 0.001
+    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.03
+
+
+def test_uniform_differs_by_seed_and_position():
+    assert len({uniform(seed, position) for seed in range(100) for position in range(100)}) == 10_000
+
+
+# -- one row -------------------------------------------------------------------------------------------------
+
+
+def test_no_temperature_is_the_best_token():
+    torch.manual_seed(0)
+    logits = torch.randn(16, 50)
+    rows = [make_row(seed, temperature=0.0, top_k=3, min_p=0.5) for seed in range(16)]
+    assert sample(logits.clone(), rows, NO_EOS) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 3.0},
+        {"top_k": 1},
+        {"top_k": 3},
+        {"top_k": 99},
+        {"top_p": 0.01},
+        {"top_p": 0.6},
+        {"min_p": 0.3},
+        {"min_p": 1.0},
+        {"top_k": 4, "top_p": 0.7},
+        {"temperature": 2.0, "top_k": 6, "top_p": 0.9, "min_p": 0.3},
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(settings):
+    expected = reference(LOGITS, **settings)
+    shares = draw_many(LOGITS, **settings)
+    assert set(np.flatnonzero(expected > 0.005)) <= set(np.flatnonzero(shares)) <= set(np.flatnonzero(expected))
+    assert abs(shares - expected).sum() / 2 < 0.03
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"top_k": 1_500},
+        {"top_p": 0.5},
+        {"top_k": NUM_CANDIDATES, "top_p": 0.5},
+        {"top_k": 2_000, "top_p": 0.3},
+    ],
+    ids=str,
+)
+def test_a_flat_distribution_reaches_beyond_the_candidates(settings):
+    """The tokens that can be drawn, by walking the whole distribution; close logits, but no two alike."""
+    logits = torch.linspace(0.0, 0.5, 3_000)
+    rows = [make_row(seed, **settings) for seed in range(NUM_DRAWS)]
+    drawn = sample(logits.expand(NUM_DRAWS, -1).clone(), rows, NO_EOS)
+    possible = np.flatnonzero(reference(logits, **settings))
+    assert min(drawn) >= possible.min()
+    assert min(drawn) < possible.min() + 60
+    assert max(drawn) > 2_940
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1e-40},
+        {"temperature": 1e-300},
+        {"temperature": 1e-5},
+        {"top_p": 1e-300},
+        {"min_p": 1.0, "top_p": 1e-9, "top_k": 1},
+        {"temperature": 0.0, "repetition_penalty": 5.0},
+    ],
+    ids=str,
+)
+def test_the_extremes_that_the_protocol_allows_give_the_best_token(settings):
+    assert sample(20 * LOGITS[None], [make_row(prompt=[1], **settings)], NO_EOS) == [0]
+
+
+@pytest.mark.parametrize("penalty", [1e-40, 1e-300])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_extreme_penalty_gives_a_token(penalty, temperature):
+    row = make_row(prompt=[0, 1], repetition_penalty=penalty, temperature=temperature)
+    assert sample(LOGITS[None].clone(), [row], NO_EOS) == [0]
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3])
+def test_the_penalty_is_that_of_transformers(penalty):
+    torch.manual_seed(1)
+    logits = torch.randn(1, 40)
+    prompt, output = [3, 5, 5, 8], [8, 13]
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + output]), logits.clone())
+    changed = logits.clone()
+    sample(changed, [make_row(prompt=prompt, output=output, repetition_penalty=penalty)], NO_EOS)
+    torch.testing.assert_close(changed, expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("num_output", "is_banned"), [(0, True), (1, True), (2, False)])
+def test_no_end_token_before_min_tokens(num_output, is_banned, temperature):
+    logits = torch.tensor([[0.0, 50.0, 49.0, 1.0]])
+    row = make_row(output=[3] * num_output, min_tokens=2, temperature=temperature)
+    [token] = sample(logits, [row], frozenset({1, 2}))
+    assert (token not in (1, 2)) == is_banned
+
+
+def test_min_tokens_of_a_base_without_an_end_token():
+    assert sample(LOGITS[None].clone(), [make_row(min_tokens=5, temperature=0.0)], NO_EOS) == [0]
+
+
+# -- many rows -----------------------------------------------------------------------------------------------
+
+
+def test_a_seed_replays_and_another_does_not():
+    def line(seed):
+        return [sample(LOGITS[None].clone(), [make_row(seed, output=[0] * n)], NO_EOS)[0] for n in range(30)]
+
+    assert line(7) == line(7)
+    assert len(set(line(7))) > 3
+    assert line(7) != line(8)
+
+
+@pytest.mark.parametrize("step", [None, 0.125], ids=["distinct-logits", "equal-logits"])
+@pytest.mark.parametrize(
+    "settings", [{"top_p": 0.9}, {"top_k": 40}, {"temperature": 0.3}, {"top_k": 1_100, "top_p": 0.9}], ids=str
+)
+def test_a_row_does_not_depend_on_its_batch_mates(settings, step):
+    """The mates need the whole vocabulary sorted. With bfloat16 weights many logits are equal."""
+    torch.manual_seed(2)
+    logits = 4 * torch.randn(20, 3_000)
+    logits = logits if step is None else (logits / step).round() * step
+    rows = [make_row(seed, **settings) for seed in range(20)]
+    mates = [make_row(temperature=5.0), make_row(temperature=0.0)]
+    alone = [sample(logits[number : number + 1].clone(), [row], NO_EOS)[0] for number, row in enumerate(rows)]
+    others = torch.stack([torch.linspace(0, 1, 3_000), torch.linspace(0, 9, 3_000)])
+    together = sample(torch.cat([others, logits]), [*mates, *rows], NO_EOS)
+    assert together[2:] == alone
