@@ -123,8 +123,9 @@ def demo(
     status = chatter.status(f"starting the daemon ({base}) …")
     status.start()
     try:
-        with show(Console(highlight=False), live=not as_json) as draw:
-            performance = asyncio.run(play(options, text or SHOUT, draw, status.stop))
+        with show(Console(highlight=False)) as draw:
+            on_change = (lambda scene: None) if as_json else draw
+            performance = asyncio.run(play(options, text or SHOUT, on_change, status.stop))
     finally:
         status.stop()
     if as_json:

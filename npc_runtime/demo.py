@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +95,7 @@ async def _speak(client: Client, scene: Scene, on_change: Callable[[Scene], None
     lines = [
         {"line": line, "persona": role.persona, "input": {"text": scene.shout}} for line, role in scene.roles.items()
     ]
+    on_change(scene)
     async for event in await client.generate(lines):
         match event:
             case LineStart():
@@ -135,13 +136,17 @@ def _perform(scene: Scene) -> Performance:
 
 
 @contextlib.contextmanager
-def show(console: Console, *, live: bool) -> Any:
+def show(console: Console) -> Iterator[Callable[[Scene], None]]:
     """Yield a callback that draws the scene as a table, live while it streams."""
-    if not live:
-        yield lambda scene: None
-        return
-    with Live(console=console, refresh_per_second=15, transient=False) as view:
-        yield lambda scene: view.update(_table(scene))
+    with contextlib.ExitStack() as stack:
+        views: list[Live] = []
+
+        def draw(scene: Scene) -> None:
+            if not views:  # only now, or it would fight with whatever is shown before the scene begins
+                views.append(stack.enter_context(Live(console=console, refresh_per_second=15)))
+            views[0].update(_table(scene))
+
+        yield draw
 
 
 def _table(scene: Scene) -> Table:
