@@ -109,7 +109,7 @@ def line_end(line: Line, ended: "Ended") -> wire.LineEnd:
         text=ended.text if spare is None else spare,
         fallback=spare is not None,
         error=error_info(ended.error),
-        usage=wire.Usage(prompt=ended.num_prompt, completion=ended.num_completion),
+        usage=wire.Usage(prompt=ended.num_prompt, cached=ended.num_cached, completion=ended.num_completion),
         timing=wire.Timing(
             queue_ms=round(ended.queue_ms, 3),
             ttft_ms=None if first is None else round(first, 3),

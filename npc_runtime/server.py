@@ -140,6 +140,8 @@ class NpcServer:
             "tokens": stats.num_tokens,
             "forwards": stats.num_forwards,
             "kv_used": stats.kv_blocks_used / stats.kv_blocks_total,
+            "kv_cached": stats.kv_blocks_cached / stats.kv_blocks_total,
+            "preempted": stats.num_preempted,
             "adapters": list(stats.adapters_resident),
             "personas": len(self._library),
             "connections": len(self._connections),

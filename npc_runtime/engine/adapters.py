@@ -104,6 +104,10 @@ class AdapterStore:
         assert resident.num_users > 0
         resident.num_users -= 1
 
+    def digest_of(self, name: str) -> str:
+        """What identifies the adapter's content, for caches."""
+        return self._host[name].digest
+
     def pages_of(self, name: str) -> list[int]:
         """Page numbers of an acquired adapter, in rank order."""
         return self._resident[name].pages

@@ -43,6 +43,7 @@ class EngineConfig:
     max_step_tokens: int = 512
     max_waiting: int = 1_024
     max_adapter_pages: int = 64
+    ageing_s: float = 2.0  # waiting so long raises a line by one priority
 
     @property
     def num_blocks(self) -> int:
@@ -76,6 +77,7 @@ class Request:
     sampling: SamplingParams
     arrival: float  # seconds, the engine's clock
     adapter: str | None = None  # name in the adapter store
+    cache_key: str = ""  # the adapter's content; equal prefixes are shared only under the same key
     group: Hashable = None
     priority: int = 5
     deadline: float | None = None  # seconds, the engine's clock
@@ -89,6 +91,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)
     is_admitted: bool = False  # holds its adapter
+    block_keys: list[bytes] = field(default_factory=list)  # of the full blocks, as far as they were asked for
+    num_cached: int = 0  # prompt tokens that came from the prefix cache
     num_computed: int = 0  # tokens whose keys and values are in the cache
     started_at: float | None = None
     first_text_at: float | None = None
@@ -99,6 +103,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Prompt and reply so far."""
         return len(self.request.prompt_ids) + len(self.output_ids)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether only the last sampled token is left to compute."""
+        return bool(self.output_ids) and self.num_tokens - self.num_computed == 1
 
     @property
     def max_tokens(self) -> int:
@@ -137,6 +146,7 @@ class Ended:
     reason: EndReason
     text: str = ""
     num_prompt: int = 0
+    num_cached: int = 0
     num_completion: int = 0
     queue_ms: float = 0.0
     first_text_ms: float | None = None
@@ -168,4 +178,6 @@ class EngineStats:
     tokens_per_s: float  # generated, over the last seconds of work
     kv_blocks_used: int
     kv_blocks_total: int
+    kv_blocks_cached: int  # free, but holding a known prefix
+    num_preempted: int  # since start
     adapters_resident: tuple[str, ...]

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -102,12 +102,14 @@ class Engine:
         seconds = sum(end - start for start, end, _ in recent)
         return EngineStats(
             num_running=len(self._scheduler.running),
-            num_waiting=self._scheduler.num_waiting,
+            num_waiting=len(self._scheduler.waiting),
             num_forwards=self._runner.num_forwards,
             num_tokens=self._num_generated,
             tokens_per_s=sum(count for _, _, count in recent) / seconds if seconds else 0.0,
             kv_blocks_used=self._scheduler.blocks.num_used,
             kv_blocks_total=self._scheduler.blocks.num_blocks,
+            kv_blocks_cached=self._scheduler.blocks.num_cached,
+            num_preempted=self._scheduler.num_preempted,
             adapters_resident=self._adapters.resident,
         )
 
@@ -118,7 +120,7 @@ class Engine:
         """
         events = self._take_commands(wait)
         events += [self._ended(s, EndReason.DEADLINE) for s in self._scheduler.remove_expired(self._clock())]
-        rows = self._scheduler.plan(self._admit)
+        rows = self._scheduler.plan(self._clock(), self._admit, self._leave)
         groups = frozenset(row.sequence.request.group for row in rows)
         if rows:
             try:
@@ -156,6 +158,8 @@ class Engine:
         return events
 
     def _add(self, request: Request) -> list[Event]:
+        if request.adapter is not None:
+            request = replace(request, cache_key=self._adapters.digest_of(request.adapter))
         try:
             self._scheduler.add(request)
         except WireError as error:
@@ -168,15 +172,21 @@ class Engine:
         sequence.is_admitted = name is None or self._adapters.acquire(name)
         return sequence.is_admitted
 
+    def _leave(self, sequence: Sequence) -> None:
+        if sequence.is_admitted and sequence.request.adapter is not None:
+            self._adapters.release(sequence.request.adapter)
+        sequence.is_admitted = False
+
     def _run_rows(self, rows: list[PlannedRow]) -> list[Event]:
         started_at = self._clock()
-        events = [self._started(row.sequence, started_at, len(rows)) for row in rows if row.start == 0]
+        new = [row.sequence for row in rows if row.sequence.started_at is None]
+        events = [self._started(sequence, started_at, len(rows)) for sequence in new]
         logits = self._runner.forward(rows)
         sampling = [row.sequence for row in rows if row.samples]
         tokens = sample(logits, sampling, self._tokenizer.eos_ids)
         now = self._clock()
+        self._scheduler.computed(rows)
         for row in rows:
-            row.sequence.num_computed = row.stop
             row.sequence.num_steps += 1
             row.sequence.sum_rows += len(rows)
         for sequence, token in zip(sampling, tokens, strict=True):
@@ -209,14 +219,14 @@ class Engine:
         if text.end is None:
             text.finish(reason)
         started, first = sequence.started_at, sequence.first_text_at
-        if sequence.is_admitted and request.adapter is not None:
-            self._adapters.release(request.adapter)
+        self._leave(sequence)
         seconds = now - started if started is not None else 0.0
         return Ended(
             request_id=request.id,
             reason=reason,
             text=text.text,
             num_prompt=len(request.prompt_ids),
+            num_cached=sequence.num_cached,
             num_completion=len(sequence.output_ids),
             queue_ms=1000 * ((started if started is not None else now) - request.arrival),
             first_text_ms=None if first is None else 1000 * (first - request.arrival),
@@ -232,5 +242,6 @@ class Engine:
             wire = OutOfMemory("The device ran out of memory in a step.", "Send fewer lines at once.")
         else:
             wire = InternalError("A step of the engine failed.", "The daemon's log has the details; report it.")
+        self._scheduler.blocks.forget_all()
         failed = self._scheduler.remove([sequence.request.id for sequence in self._scheduler.running])
         return [self._ended(sequence, EndReason.ERROR, wire) for sequence in failed]

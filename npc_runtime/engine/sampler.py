@@ -86,12 +86,30 @@ def _draw(
         draws=column(draws),
         total=logits.logsumexp(dim=-1, keepdim=True),
     )
+    # Which way a row is computed depends on its own settings and logits alone, never on its neighbours.
+    chosen = torch.empty(len(params), dtype=torch.long, device=logits.device)
+    is_whole = ((settings.ranks >= vocab) & (settings.nucleus >= 1))[:, 0]
+    whole, cut = is_whole.nonzero()[:, 0], (~is_whole).nonzero()[:, 0]
+    if len(whole):
+        tokens = torch.arange(vocab, device=logits.device).expand(len(whole), -1)
+        chosen[whole] = _choose(logits[whole], tokens, settings.rows(whole))
+    if len(cut):
+        chosen[cut] = _draw_truncated(logits[cut], settings.rows(cut))
+    return chosen
+
+
+def _draw_truncated(
+    logits: Tensor,  # (num_rows, vocab)
+    settings: "_Truncation",
+) -> Tensor:  # (num_rows,)
+    """Try the head of the sorted logits; rows whose top-k or nucleus is not inside it get a full sort."""
+    vocab = logits.shape[1]
     values, tokens = _sorted_head(logits)
     mass = (values - settings.total).exp().sum(-1, keepdim=True)
     short = (settings.ranks > values.shape[1]) & ((settings.ranks < vocab) | (mass < settings.nucleus))
     chosen = _choose(values, tokens, settings)
     rest = short[:, 0].nonzero()[:, 0]
-    if len(rest):  # row by row, so that a neighbour's settings never change how a row is computed
+    if len(rest):
         values, tokens = logits[rest].sort(dim=-1, descending=True, stable=True)
         chosen[rest] = _choose(values, tokens, settings.rows(rest))
     return chosen
@@ -122,7 +140,7 @@ def _sorted_head(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _choose(
-    values: Tensor,  # (num_rows, num_candidates), descending
+    values: Tensor,  # (num_rows, num_candidates), descending where a rank or nucleus cuts them
     tokens: Tensor,  # like values
     settings: _Truncation,
 ) -> Tensor:  # (num_rows,)
@@ -134,10 +152,13 @@ def _choose(
     # Without top-k the nucleus is a share of the whole distribution, of which the candidates are the head.
     is_top_k = settings.ranks <= values.shape[1]
     whole = torch.where(is_top_k, kept.sum(-1, keepdim=True), torch.ones_like(settings.nucleus))
-    kept = kept.masked_fill((before >= settings.nucleus * whole) & (order > 0), 0)
-    kept = kept.masked_fill(probabilities < settings.min_p * probabilities[:, :1], 0)
+    cuts = (settings.nucleus < 1) & (order > 0)
+    kept = kept.masked_fill((before >= settings.nucleus * whole) & cuts, 0)
+    best = probabilities.max(dim=-1, keepdim=True).values
+    kept = kept.masked_fill(probabilities < settings.min_p * best, 0)
     cumulative = kept.cumsum(-1)
     index = (cumulative <= settings.draws * cumulative[:, -1:]).sum(-1, keepdim=True)
     # Rounding can push the goal onto the sum itself; the last token that still has weight takes it.
-    index = index.minimum((kept > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
+    order_of_last = torch.where(kept > 0, order, 0).max(dim=-1, keepdim=True).values
+    index = index.minimum(order_of_last)
     return tokens.gather(1, index)[:, 0]

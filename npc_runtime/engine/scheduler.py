@@ -1,16 +1,19 @@
-"""Who runs next: admission, priority, deadlines, chunked prefill. No torch, no clock.
+"""Who runs next: admission, priority with ageing, deadlines, chunked prefill, preemption. No torch, no clock.
 
-Every step serves all running rows at once: a row that still has prompt to compute gets a chunk of it, a row
-that is speaking gets one token. A new line is admitted when a row, its KV blocks and its adapter's pages are
-free; the line at the head of the queue is never overtaken by a smaller one behind it, so nothing starves
-within a priority.
+Every step serves all running rows at once: a row that is speaking gets one token, a row that still reads its
+prompt gets a chunk of it from what is left of the step's budget. So a long prompt never stalls a line that is
+being spoken; it only takes more steps.
+
+A new line is admitted when a row, KV blocks for its prompt and its adapter's pages are free; the line at the head
+of the queue is never overtaken by one behind it that would fit. Waiting raises a line's rank by one priority every
+`ageing_s`, so nothing starves. A running line takes blocks as it grows; when none are left, the lowest-ranked line
+is preempted: its blocks go back, and it waits to be computed again, its reply so far as part of its prompt.
 """
 
-import heapq
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from npc_runtime.engine.blocks import BlockAllocator
+from npc_runtime.engine.blocks import BlockPool
 from npc_runtime.engine.core import EngineConfig, Request, Sequence
 from npc_runtime.errors import ContextOverflow, OverloadError
 
@@ -18,6 +21,9 @@ __all__ = ["Admit", "PlannedRow", "Scheduler"]
 
 Admit = Callable[[Sequence], bool]
 """Takes whatever else a sequence needs to run (its adapter's pages); False: not now."""
+
+Leave = Callable[[Sequence], None]
+"""Gives back what `Admit` took."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,90 +45,118 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self.blocks = BlockAllocator(config.num_blocks, config.block_size)
+        self.blocks = BlockPool(config.num_blocks, config.block_size)
         self.running: list[Sequence] = []
-        self._waiting: list[tuple[int, int, Sequence]] = []  # heap by (-priority, request id)
-
-    @property
-    def num_waiting(self) -> int:
-        """Lines that are queued."""
-        return len(self._waiting)
+        self.waiting: list[Sequence] = []
+        self.num_preempted = 0
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self.running or self._waiting)
-
-    @property
-    def groups(self) -> frozenset[Hashable]:
-        """The groups of the running rows."""
-        return frozenset(sequence.request.group for sequence in self.running)
+        return bool(self.running or self.waiting)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises `OverloadError` or `ContextOverflow`; then nothing is queued."""
-        if len(self._waiting) >= self._config.max_waiting:
+        if len(self.waiting) >= self._config.max_waiting:
             raise OverloadError(f"{self._config.max_waiting} lines are already waiting.", "Send fewer, or wait.")
         sequence = Sequence(request)
-        if self.blocks.num_needed(sequence) > self.blocks.num_blocks:
+        if self.blocks.num_needed(sequence.max_tokens) > self.blocks.num_blocks:
             raise ContextOverflow(
                 f"The prompt ({len(request.prompt_ids)} tokens) and {request.sampling.max_tokens} more do not fit "
                 f"into the {self._config.kv_tokens} tokens of the KV cache.",
                 "Shorten the text, or lower max_tokens.",
             )
-        heapq.heappush(self._waiting, (-request.priority, request.id, sequence))
+        self.waiting.append(sequence)
 
-    def plan(self, admit: Admit) -> list[PlannedRow]:
-        """Admit what fits, then choose the rows of the next step: all that speak, and prompt chunks in order."""
-        self._admit_waiting(admit)
+    def plan(self, now: float, admit: Admit, leave: Leave) -> list[PlannedRow]:
+        """Admit what fits, then choose the rows of the next step: all that speak, and prompt chunks by rank."""
+        self._admit_waiting(now, admit)
         budget = self._config.max_step_tokens
-        rows = []
-        by_need = sorted(self.running, key=lambda sequence: sequence.num_tokens - sequence.num_computed > 1)
-        for sequence in by_need:
+        rows: list[PlannedRow] = []
+        order = sorted(self.running, key=lambda sequence: (not sequence.speaks, self._rank(sequence, now)))
+        for sequence in order:
             size = min(sequence.num_tokens - sequence.num_computed, budget)
-            if size > 0:
+            if sequence not in self.running or size == 0:
+                continue  # preempted for one before it, or no budget left
+            if self._make_room(sequence, sequence.num_computed + size, now, leave, rows):
                 rows.append(PlannedRow(sequence, sequence.num_computed, sequence.num_computed + size))
                 budget -= size
         return rows
 
+    def computed(self, rows: Iterable[PlannedRow]) -> None:
+        """The step ran: note what is in the cache now, and make its full blocks known."""
+        for row in rows:
+            row.sequence.num_computed = row.stop
+            self.blocks.remember(row.sequence)
+
     def remove(self, ids: Iterable[int]) -> list[Sequence]:
         """Take these lines out, wherever they are, and free their blocks; unknown ids are ignored."""
         wanted = set(ids)
-        removed = [sequence for sequence in self.running if sequence.request.id in wanted]
-        removed += [sequence for _, _, sequence in self._waiting if sequence.request.id in wanted]
+        removed = [sequence for sequence in [*self.running, *self.waiting] if sequence.request.id in wanted]
         self.running = [sequence for sequence in self.running if sequence.request.id not in wanted]
-        self._waiting = [entry for entry in self._waiting if entry[2].request.id not in wanted]
-        heapq.heapify(self._waiting)
+        self.waiting = [sequence for sequence in self.waiting if sequence.request.id not in wanted]
         for sequence in removed:
-            self.blocks.free(sequence)
+            self.blocks.release(sequence)
         return removed
 
     def remove_expired(self, now: float) -> list[Sequence]:
         """Take out every line whose deadline has passed."""
-        everyone = [*self.running, *(sequence for _, _, sequence in self._waiting)]
-        return self.remove(
-            sequence.request.id
-            for sequence in everyone
-            if sequence.request.deadline is not None and sequence.request.deadline <= now
-        )
+        deadlines = [(sequence.request.deadline, sequence) for sequence in [*self.running, *self.waiting]]
+        return self.remove(s.request.id for deadline, s in deadlines if deadline is not None and deadline <= now)
 
     def remove_all(self) -> list[Sequence]:
         """Take out every line."""
-        waiting = [sequence.request.id for _, _, sequence in self._waiting]
-        return self.remove([*(sequence.request.id for sequence in self.running), *waiting])
+        return self.remove([sequence.request.id for sequence in [*self.running, *self.waiting]])
 
     def check_integrity(self) -> None:
         """Assert that blocks and queues agree; tests call it after every step."""
         self.blocks.check_integrity(self.running)
         assert len(self.running) <= self._config.max_rows
-        assert not any(sequence.blocks for _, _, sequence in self._waiting)
+        assert not any(sequence.blocks for sequence in self.waiting)
         for sequence in self.running:
-            assert sequence.num_computed <= sequence.num_tokens
+            assert sequence.num_computed < sequence.num_tokens
+            assert self.blocks.num_needed(sequence.num_computed) <= len(sequence.blocks)
 
-    def _admit_waiting(self, admit: Admit) -> None:
-        while self._waiting and len(self.running) < self._config.max_rows:
-            sequence = self._waiting[0][2]
-            if not self.blocks.can_allocate(sequence) or not admit(sequence):
+    def _rank(self, sequence: Sequence, now: float) -> tuple[float, int]:
+        """Lower goes first: priority raised by waiting, then the order of arrival."""
+        aged = sequence.request.priority + (now - sequence.request.arrival) / self._config.ageing_s
+        return -aged, sequence.request.id
+
+    def _admit_waiting(self, now: float, admit: Admit) -> None:
+        self.waiting.sort(key=lambda sequence: self._rank(sequence, now))
+        while self.waiting and len(self.running) < self._config.max_rows:
+            sequence = self.waiting[0]
+            cached = self.blocks.take_prefix(sequence)
+            # One block is left for each running row to grow into, or the newcomer would soon push one out.
+            spare = self.blocks.num_free - len(self.running)
+            if self.blocks.num_missing(sequence, sequence.num_tokens) > spare or not admit(sequence):
+                self.blocks.release(sequence)
                 return
-            self.blocks.allocate(sequence)
+            self.blocks.extend(sequence, sequence.num_tokens)
+            sequence.num_computed = cached
+            if not sequence.output_ids:
+                sequence.num_cached = cached
             self.running.append(sequence)
-            heapq.heappop(self._waiting)
+            self.waiting.pop(0)
+
+    def _make_room(
+        self, sequence: Sequence, num_tokens: int, now: float, leave: Leave, planned: list[PlannedRow]
+    ) -> bool:
+        """Give the sequence blocks for so many tokens, preempting the lowest-ranked others; False: it must wait."""
+        while self.blocks.num_missing(sequence, num_tokens) > self.blocks.num_free:
+            chosen = {row.sequence.request.id for row in planned}
+            others = [other for other in self.running if other.request.id not in chosen]
+            victim = max(others, key=lambda other: self._rank(other, now))
+            self._preempt(victim, leave)
+            if victim is sequence:
+                return False
+        self.blocks.extend(sequence, num_tokens)
+        return True
+
+    def _preempt(self, sequence: Sequence, leave: Leave) -> None:
+        leave(sequence)
+        self.blocks.release(sequence)
+        sequence.num_computed = 0
+        self.running = [other for other in self.running if other is not sequence]
+        self.waiting.append(sequence)
+        self.num_preempted += 1
