@@ -17,7 +17,7 @@ from npc_runtime.engine.core import EngineConfig
 from npc_runtime.engine.device import Device, DTypeName, choose_device, explain_unused_gpu
 from npc_runtime.engine.embedded import OnProgress
 from npc_runtime.engine.engine import Engine
-from npc_runtime.engine.model import Decoder
+from npc_runtime.engine.model import Decoder, choose_kernels
 from npc_runtime.engine.tokenizer import ChatTokenizer
 from npc_runtime.engine.weights import BaseInfo, describe_base, iterate_weights, read_config, resolve_base
 from npc_runtime.errors import StartupError, WireError
@@ -100,7 +100,9 @@ def load_base(name: str, dtype: DTypeName, on_progress: OnProgress) -> LoadedBas
         device=device.torch_device,
         on_progress=lambda fraction: on_progress(f"loading {info.name}", fraction),
     )
-    return LoadedBase(info, device, Decoder(config, tensors), ChatTokenizer(folder))
+    return LoadedBase(
+        info, device, Decoder(config, tensors, choose_kernels(device.torch_device)), ChatTokenizer(folder)
+    )
 
 
 def load_adapters(base: LoadedBase, library: Library, config: EngineConfig) -> AdapterStore:

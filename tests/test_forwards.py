@@ -24,11 +24,11 @@ class BaseGemms(TorchDispatchMode):
         super().__init__()
         layers = [(index, layer) for index, layer in enumerate(decoder._layers)]
         self.names = {
-            getattr(layer, field).untyped_storage().data_ptr(): f"{index}.{field}"
+            getattr(layer, field).weight.untyped_storage().data_ptr(): f"{index}.{field}"
             for index, layer in layers
             for field in ("qkv", "o", "gate_up", "down")
         }
-        self.names[decoder.head.untyped_storage().data_ptr()] = "head"
+        self.names[decoder.head.weight.untyped_storage().data_ptr()] = "head"
         self.counts = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "npc_kernels.batch",
     "npc_kernels.reference",
+    "npc_kernels.cpu",
     "npc_runtime",
     "npc_runtime.errors",
     "npc_runtime.persona",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from npc_kernels import cpu, reference
 from tiny import CONFIGS, make_model
 from transformers import AutoConfig
 
@@ -17,9 +18,9 @@ CPU = torch.device("cpu")
 CONFIG = EngineConfig(block_size=4, kv_tokens=512)
 
 
-def load(folder, dtype=torch.float32):
-    tensors = iterate_weights(folder, dtype=dtype, device=CPU, on_progress=lambda fraction: None)
-    return Decoder(AutoConfig.from_pretrained(folder), tensors)
+def load(folder, kernels=reference):
+    tensors = iterate_weights(folder, dtype=torch.float32, device=CPU, on_progress=lambda fraction: None)
+    return Decoder(AutoConfig.from_pretrained(folder), tensors, kernels)
 
 
 def make_runner(decoder):
@@ -34,11 +35,12 @@ def make_sequence(tokens, first_block):
     return sequence
 
 
+@pytest.mark.parametrize("kernels", [reference, cpu])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_logits_equal_transformers(family, tmp_path):
+def test_logits_equal_transformers(family, kernels, tmp_path):
     """Three prompts of different lengths; chunked prefill, then decode mixed with another row's prefill."""
     oracle = make_model(family, tmp_path)
-    runner = make_runner(load(tmp_path))
+    runner = make_runner(load(tmp_path, kernels))
     prompts = [torch.randint(3, 97, (length,)).tolist() for length in (23, 9, 14)]
     rows = [make_sequence(prompt, 20 * number) for number, prompt in enumerate(prompts)]
     first, second, third = rows
@@ -61,7 +63,7 @@ def test_a_length_dependent_rope_is_refused_by_name(tmp_path):
     config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     tensors = iterate_weights(tmp_path, dtype=torch.float32, device=CPU, on_progress=lambda fraction: None)
     with pytest.raises(StartupError, match="RoPE of type dynamic"):
-        Decoder(config, tensors)
+        Decoder(config, tensors, reference)
 
 
 def test_a_missing_tensor_is_named(tmp_path):
@@ -69,4 +71,4 @@ def test_a_missing_tensor_is_named(tmp_path):
     tensors = iterate_weights(tmp_path, dtype=torch.float32, device=CPU, on_progress=lambda fraction: None)
     kept = [(name, tensor) for name, tensor in tensors if "layers.1.mlp.up_proj" not in name]
     with pytest.raises(StartupError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        Decoder(AutoConfig.from_pretrained(tmp_path), kept)
+        Decoder(AutoConfig.from_pretrained(tmp_path), kept, reference)

@@ -1,11 +1,17 @@
-"""The torch twins against plain float64 formulas, written once more from the papers, row by row."""
+"""The torch twins, and the fast CPU path, against plain float64 formulas, row by row."""
 
 import math
 
 import pytest
 import torch
-from npc_kernels import reference as kernels
+from npc_kernels import cpu, reference
 from npc_kernels.batch import BatchMetadata, LoraSpan
+
+
+@pytest.fixture(params=[reference, cpu], ids=["reference", "cpu"])
+def kernels(request):
+    return request.param
+
 
 DTYPES = [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
 
@@ -16,7 +22,7 @@ def close(got, expected, tolerance):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("shape", [(1, 8), (5, 2049), (0, 64)])
-def test_rms_norm(shape, dtype, tolerance):
+def test_rms_norm(shape, dtype, tolerance, kernels):
     x, weight = torch.randn(shape, dtype=dtype), torch.randn(shape[1], dtype=dtype)
     wide = x.double()
     expected = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
@@ -24,13 +30,13 @@ def test_rms_norm(shape, dtype, tolerance):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_silu_mul(dtype, tolerance):
+def test_silu_mul(dtype, tolerance, kernels):
     x = torch.randn(3, 14, dtype=dtype)
     gate, up = x.double().split(7, dim=1)
     close(kernels.silu_mul(x), gate / (1 + (-gate).exp()) * up, tolerance)
 
 
-def test_rope_rotates_pairs_by_their_angle():
+def test_rope_rotates_pairs_by_their_angle(kernels):
     x = torch.randn(3, 2, 6)
     angles = torch.tensor([[0.0, 0.0, 0.0], [0.3, 1.0, 2.0], [3.0, 0.1, 0.5]])
     got = kernels.apply_rope(x, angles.cos(), angles.sin())
@@ -38,7 +44,12 @@ def test_rope_rotates_pairs_by_their_angle():
     torch.testing.assert_close(got, torch.cat((pairs.real, pairs.imag), dim=-1))
 
 
-def make_batch(rows, tables, block_size):
+def slot_index(tables, block_size, kv_heads):
+    slots = [[block * block_size + offset for block in table for offset in range(block_size)] for table in tables]
+    return torch.tensor([[[slot * kv_heads + head for slot in row] for head in range(kv_heads)] for row in slots])
+
+
+def make_batch(rows, tables, block_size, kv_heads, dtype):
     """Metadata of rows given as (start, stop), built the slow way."""
     tokens = [(row, position) for row, (start, stop) in enumerate(rows) for position in range(start, stop)]
     max_query = max(stop - start for start, stop in rows)
@@ -58,17 +69,23 @@ def make_batch(rows, tables, block_size):
         token_columns=torch.tensor([position - rows[row][0] for row, position in tokens]),
         query_index=query_index,
         attention_mask=(seen <= positions[query_index][:, :, None])[:, None],
+        kv_index=(slots := slot_index(tables, block_size, kv_heads)),
+        decode_bias=torch.zeros(len(rows) * kv_heads, 1, slots.shape[2], dtype=dtype).masked_fill(
+            torch.tensor([[[p >= stop for p in range(slots.shape[2])]] for _, stop in rows for _ in range(kv_heads)]),
+            -torch.inf,
+        ),
         last_tokens=torch.tensor([firsts[row] + stop - start - 1 for row, (start, stop) in enumerate(rows)]),
         lora=None,
     )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_paged_attention_is_causal_attention_of_each_row(dtype, tolerance):
+@pytest.mark.parametrize("rows", [[(6, 7), (2, 7), (0, 3)], [(6, 7), (4, 5), (0, 1)]], ids=["mixed", "decode"])
+def test_paged_attention_is_causal_attention_of_each_row(rows, dtype, tolerance, kernels):
     """Decode, a chunk in the middle of a prompt, and a whole prompt, in one batch; NaN in blocks of nobody."""
     heads, kv_heads, size, block_size = 6, 2, 8, 4
-    rows, tables = [(6, 7), (2, 7), (0, 3)], [[3, 1], [0, 5], [2, 2]]
-    batch = make_batch(rows, tables, block_size)
+    tables = [[3, 1], [0, 5], [2, 2]]
+    batch = make_batch(rows, tables, block_size, kv_heads, dtype)
     k_cache = torch.zeros(7, block_size, kv_heads, size, dtype=dtype)
     v_cache = torch.zeros_like(k_cache)
     k_cache[4], v_cache[6] = float("nan"), float("nan")
@@ -96,7 +113,7 @@ def test_paged_attention_is_causal_attention_of_each_row(dtype, tolerance):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_each_token_gets_its_own_adapter_and_base_tokens_none(dtype, tolerance):
+def test_each_token_gets_its_own_adapter_and_base_tokens_none(dtype, tolerance, kernels):
     """Three pages: one adapter of two pages (rank 24), one of one (rank 5), and a token of the base."""
     span = LoraSpan(start=3, in_features=9, out_features=(7, 4))
     pages = torch.randn(3, span.stop + 2, dtype=dtype) * 0.2
@@ -112,17 +129,19 @@ def test_each_token_gets_its_own_adapter_and_base_tokens_none(dtype, tolerance):
                 b = pages[page, b_start : b_start + 16 * (hi - lo)].view(16, hi - lo).double()
                 expected[token, lo:hi] += (x[token].double() @ a.T) @ b
     before = out[2].clone()
-    kernels.lora_expand(kernels.lora_shrink(x, pages, mask, span), pages, span, out)
+    stacked = kernels.stack_pages(pages, [span])
+    kernels.lora_expand(kernels.lora_shrink(x, stacked, mask, span), stacked, span, out)
     close(out, expected, 4 * tolerance)
     assert torch.equal(out[2], before)
 
 
-def test_a_neighbours_nan_stays_with_the_neighbour():
+def test_a_neighbours_nan_stays_with_the_neighbour(kernels):
     span = LoraSpan(start=0, in_features=4, out_features=(3,))
     pages = torch.randn(2, span.stop)
     pages[1, : span.b_start] = float("inf")
     out = torch.zeros(2, 3)
     mask = torch.tensor([[True, False], [False, True]])
-    kernels.lora_expand(kernels.lora_shrink(torch.ones(2, 4), pages, mask, span), pages, span, out)
+    stacked = kernels.stack_pages(pages, [span])
+    kernels.lora_expand(kernels.lora_shrink(torch.ones(2, 4), stacked, mask, span), stacked, span, out)
     assert torch.isfinite(out[0]).all()
     assert not torch.isfinite(out[1]).all()

@@ -20,6 +20,7 @@ a prompt of 3 tokens; row 0 wears an adapter on page 5, row 1 one of rank 24 on 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -61,7 +62,7 @@ class LoraSpan:
 class LoraBatch:
     """The adapter pages that this step uses, and which tokens use them."""
 
-    pages: Tensor  # (num_live, page_elements)
+    pages: Any  # (num_live, page_elements), as `stack_pages` prepared them
     mask: Tensor  # (num_tokens, num_live), bool: the token's adapter owns the page
 
 
@@ -76,5 +77,7 @@ class BatchMetadata:
     token_columns: Tensor  # (num_tokens,) int64
     query_index: Tensor  # (num_rows, max_query) int64
     attention_mask: Tensor  # (num_rows, 1, max_query, max_blocks * block_size) bool, True = may be seen
+    kv_index: Tensor  # (num_rows, num_kv_heads, max_blocks * block_size) int64, kv slot * num_kv_heads + head
+    decode_bias: Tensor  # (num_rows * num_kv_heads, 1, max_blocks * block_size), 0 or -inf: the last query's mask
     last_tokens: Tensor  # (num_sampled,) int64
     lora: LoraBatch | None  # None: no row of the step wears an adapter

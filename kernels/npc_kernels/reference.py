@@ -3,6 +3,8 @@
 Plain torch, any device, any float dtype. A twin may be slow; it may not be clever.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,24 +12,35 @@ from torch import Tensor
 from npc_kernels.batch import PAGE_RANK, BatchMetadata, LoraSpan
 
 __all__ = [
+    "Linear",
     "apply_rope",
-    "linear",
     "lora_expand",
     "lora_shrink",
     "paged_attention",
     "rms_norm",
     "silu_mul",
+    "stack_pages",
     "write_kv",
 ]
 
 
-def linear(
-    x: Tensor,  # (num_tokens, in_features)
-    weight: Tensor,  # (out_features, in_features)
-    bias: Tensor | None = None,  # (out_features,)
-) -> Tensor:  # (num_tokens, out_features)
-    """`x @ weight.T + bias`, the one base GEMM that all rows of a step share."""
-    return F.linear(x, weight, bias)
+class Linear:
+    """`x @ weight.T + bias`: the one base GEMM that all rows of a step share."""
+
+    def __init__(
+        self,
+        weight: Tensor,  # (out_features, in_features)
+        bias: Tensor | None = None,  # (out_features,)
+    ) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(
+        self,
+        x: Tensor,  # (num_tokens, in_features)
+    ) -> Tensor:  # (num_tokens, out_features)
+        """Apply it."""
+        return F.linear(x, self.weight, self.bias)
 
 
 def rms_norm(
@@ -88,6 +101,14 @@ def silu_mul(
     """`silu(gate) * up` of the two halves (Shazeer 2020, SwiGLU)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def stack_pages(
+    pages: Tensor,  # (num_live, page_elements)
+    spans: Iterable[LoraSpan],
+) -> Tensor:  # (num_live, page_elements)
+    """Prepare the live pages for `lora_shrink` and `lora_expand`; the twin needs no preparation."""
+    return pages
 
 
 def lora_shrink(

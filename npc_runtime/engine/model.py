@@ -6,16 +6,16 @@ adapter pages come from; `BatchMetadata` says which to use.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from npc_kernels import reference as kernels
+from npc_kernels import cpu, reference
 from npc_kernels.batch import BatchMetadata, LoraSpan
 from torch import Tensor
 
 from npc_runtime.errors import StartupError
 
-__all__ = ["Decoder", "KvCache", "ModelShape", "PageLayout"]
+__all__ = ["Decoder", "Kernels", "KvCache", "ModelShape", "PageLayout", "choose_kernels"]
 
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 """RoPE variants whose frequencies do not depend on the length of the text."""
@@ -69,12 +69,58 @@ class ModelShape:
         return self.num_kv_heads * self.head_dim
 
 
+Linear = Callable[[Tensor], Tensor]
+
+
+class Kernels(Protocol):
+    """What a module of `npc_kernels` offers; `reference.py` defines what each computes."""
+
+    def Linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:  # noqa: D102 - a class there
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: D102
+        ...
+
+    def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: D102
+        ...
+
+    def write_kv(  # noqa: D102
+        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor
+    ) -> None: ...
+
+    def paged_attention(  # noqa: D102
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata
+    ) -> Tensor: ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:  # noqa: D102
+        ...
+
+    def stack_pages(self, pages: Tensor, spans: Iterable[LoraSpan]) -> Any:  # noqa: D102
+        ...
+
+    def lora_shrink(self, x: Tensor, pages: Any, mask: Tensor, span: LoraSpan) -> Tensor:  # noqa: D102
+        ...
+
+    def lora_expand(self, shrunk: Tensor, pages: Any, span: LoraSpan, out: Tensor) -> None:  # noqa: D102
+        ...
+
+
+def choose_kernels(device: torch.device) -> Kernels:
+    """The fastest kernels there are for a device."""
+    return cpu if device.type == "cpu" else reference
+
+
 @dataclass(frozen=True, slots=True)
 class PageLayout:
     """Where each layer's linear groups lie in an adapter page of this base."""
 
     layers: tuple[tuple[LoraSpan, LoraSpan, LoraSpan, LoraSpan], ...]  # qkv, o, gate_up, down
     num_elements: int
+
+    @property
+    def spans(self) -> tuple[LoraSpan, ...]:
+        """All groups of all layers."""
+        return tuple(span for layer in self.layers for span in layer)
 
     @classmethod
     def of(cls, shape: ModelShape) -> "PageLayout":
@@ -114,37 +160,36 @@ class KvCache:
 @dataclass(frozen=True, slots=True)
 class _Layer:
     input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: Tensor
-    o_bias: Tensor | None
+    o: Linear
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Linear
+    down: Linear
     rotates: bool  # SmolLM3 leaves some layers without RoPE
 
 
 class Decoder:
     """The base model. `forward` is the one place where its weights are read."""
 
-    def __init__(self, config: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(self, config: Any, tensors: Iterable[tuple[str, Tensor]], kernels: Kernels) -> None:
         """Take the weights, fusing q/k/v and gate/up. Raises `StartupError` naming what is missing or misshapen."""
+        self.kernels = kernels
         self.shape = ModelShape.from_config(config)
         self.layout = PageLayout.of(self.shape)
         weights = _Weights(dict(tensors))
         self.embedding = weights.take("model.embed_tokens.weight", self.shape.vocab, self.shape.hidden)
         rotates = getattr(config, "no_rope_layers", None) or [1] * self.shape.num_layers
         self._layers = [
-            _take_layer(weights, self.shape, index, bool(rotates[index])) for index in range(self.shape.num_layers)
+            _take_layer(weights, self.shape, index, rotates=bool(rotates[index]), kernels=kernels)
+            for index in range(self.shape.num_layers)
         ]
         self._norm = weights.take("model.norm.weight", self.shape.hidden)
         head = "lm_head.weight"
-        self.head = (
-            self.embedding
-            if config.tie_word_embeddings or not weights.has(head)
-            else weights.take(head, self.shape.vocab, self.shape.hidden)
+        is_tied = config.tie_word_embeddings or not weights.has(head)
+        self.head = kernels.Linear(
+            self.embedding if is_tied else weights.take(head, self.shape.vocab, self.shape.hidden)
         )
         self._cos, self._sin = _rope_tables(config, self.shape, self.embedding.device)
 
@@ -165,19 +210,27 @@ class Decoder:
         kv: KvCache,
     ) -> Tensor:  # (num_sampled, vocab) float32
         """One pass over all rows of the step: writes their keys and values, returns the wanted logits."""
+        kernels, eps = self.kernels, self.shape.norm_eps
         hidden = self.embedding[token_ids]
         cos, sin = self._cos[batch.positions], self._sin[batch.positions]
         for index, layer in enumerate(self._layers):
             spans = self.layout.layers[index]
-            x = kernels.rms_norm(hidden, layer.input_norm, self.shape.norm_eps)
-            qkv = _project(x, layer.qkv, layer.qkv_bias, batch, spans[0])
+            x = kernels.rms_norm(hidden, layer.input_norm, eps)
+            qkv = self._project(x, layer.qkv, batch, spans[0])
             attended = self._attend(index, layer, qkv, cos, sin, batch, kv)
-            hidden = hidden + _project(attended, layer.o, layer.o_bias, batch, spans[1])
-            x = kernels.rms_norm(hidden, layer.mlp_norm, self.shape.norm_eps)
-            x = kernels.silu_mul(_project(x, layer.gate_up, None, batch, spans[2]))
-            hidden = hidden + _project(x, layer.down, None, batch, spans[3])
-        last = kernels.rms_norm(hidden[batch.last_tokens], self._norm, self.shape.norm_eps)
-        return kernels.linear(last, self.head).float()
+            hidden = hidden + self._project(attended, layer.o, batch, spans[1])
+            x = kernels.rms_norm(hidden, layer.mlp_norm, eps)
+            x = kernels.silu_mul(self._project(x, layer.gate_up, batch, spans[2]))
+            hidden = hidden + self._project(x, layer.down, batch, spans[3])
+        return self.head(kernels.rms_norm(hidden[batch.last_tokens], self._norm, eps)).float()
+
+    def _project(self, x: Tensor, linear: Linear, batch: BatchMetadata, span: LoraSpan) -> Tensor:
+        """The base GEMM, and on top of it what each row's own adapter adds."""
+        out = linear(x)
+        if batch.lora is not None:
+            shrunk = self.kernels.lora_shrink(x, batch.lora.pages, batch.lora.mask, span)
+            self.kernels.lora_expand(shrunk, batch.lora.pages, span, out)
+        return out
 
     def _attend(
         self,
@@ -189,27 +242,18 @@ class Decoder:
         batch: BatchMetadata,
         kv: KvCache,
     ) -> Tensor:  # (num_tokens, q_size)
-        shape = self.shape
-        q, k, v = torch.split(qkv, [shape.q_size, shape.kv_size, shape.kv_size], dim=-1)
-        q = q.view(-1, shape.num_heads, shape.head_dim)
-        k = k.view(-1, shape.num_kv_heads, shape.head_dim)
-        v = v.view(-1, shape.num_kv_heads, shape.head_dim)
+        shape, kernels = self.shape, self.kernels
+        heads = qkv.view(-1, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
+        qk, v = heads[:, : -shape.num_kv_heads], heads[:, -shape.num_kv_heads :]
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = kernels.rms_norm(q, layer.q_norm, shape.norm_eps)
-            k = kernels.rms_norm(k, layer.k_norm, shape.norm_eps)
+            q = kernels.rms_norm(qk[:, : shape.num_heads], layer.q_norm, shape.norm_eps)
+            k = kernels.rms_norm(qk[:, shape.num_heads :], layer.k_norm, shape.norm_eps)
+            qk = torch.cat((q, k), dim=1)
         if layer.rotates:
-            q, k = kernels.apply_rope(q, cos, sin), kernels.apply_rope(k, cos, sin)
+            qk = kernels.apply_rope(qk, cos, sin)
+        q, k = qk[:, : shape.num_heads], qk[:, shape.num_heads :]
         kernels.write_kv(k, v, kv.keys[index], kv.values[index], batch.kv_slots)
         return kernels.paged_attention(q, kv.keys[index], kv.values[index], batch).flatten(1)
-
-
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, batch: BatchMetadata, span: LoraSpan) -> Tensor:
-    """The base GEMM, and on top of it what each row's own adapter adds."""
-    out = kernels.linear(x, weight, bias)
-    if batch.lora is not None:
-        shrunk = kernels.lora_shrink(x, batch.lora.pages, batch.lora.mask, span)
-        kernels.lora_expand(shrunk, batch.lora.pages, span, out)
-    return out
 
 
 class _Weights:
@@ -236,7 +280,7 @@ class _Weights:
         return self.take(name, *shape) if self.has(name) else None
 
 
-def _take_layer(weights: _Weights, shape: ModelShape, index: int, rotates: bool) -> _Layer:
+def _take_layer(weights: _Weights, shape: ModelShape, index: int, *, rotates: bool, kernels: Kernels) -> _Layer:
     prefix = f"model.layers.{index}"
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
     sizes = {"q": shape.q_size, "k": shape.kv_size, "v": shape.kv_size}
@@ -244,17 +288,16 @@ def _take_layer(weights: _Weights, shape: ModelShape, index: int, rotates: bool)
     biases = [weights.take_optional(f"{attention}.{name}_proj.bias", size) for name, size in sizes.items()]
     gate_up = [weights.take(f"{mlp}.{name}_proj.weight", shape.intermediate, shape.hidden) for name in ("gate", "up")]
     present = [bias for bias in biases if bias is not None]
+    o = weights.take(f"{attention}.o_proj.weight", shape.hidden, shape.q_size)
     return _Layer(
         input_norm=weights.take(f"{prefix}.input_layernorm.weight", shape.hidden),
-        qkv=torch.cat(qkv),
-        qkv_bias=torch.cat(present) if len(present) == len(biases) else None,
+        qkv=kernels.Linear(torch.cat(qkv), torch.cat(present) if len(present) == len(biases) else None),
         q_norm=weights.take_optional(f"{attention}.q_norm.weight", shape.head_dim),
         k_norm=weights.take_optional(f"{attention}.k_norm.weight", shape.head_dim),
-        o=weights.take(f"{attention}.o_proj.weight", shape.hidden, shape.q_size),
-        o_bias=weights.take_optional(f"{attention}.o_proj.bias", shape.hidden),
+        o=kernels.Linear(o, weights.take_optional(f"{attention}.o_proj.bias", shape.hidden)),
         mlp_norm=weights.take(f"{prefix}.post_attention_layernorm.weight", shape.hidden),
-        gate_up=torch.cat(gate_up),
-        down=weights.take(f"{mlp}.down_proj.weight", shape.hidden, shape.intermediate),
+        gate_up=kernels.Linear(torch.cat(gate_up)),
+        down=kernels.Linear(weights.take(f"{mlp}.down_proj.weight", shape.hidden, shape.intermediate)),
         rotates=rotates,
     )
 

@@ -1,7 +1,8 @@
 """All device state: the KV cache, the batch metadata, and the one forward pass of a step."""
 
-import itertools
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from npc_kernels.batch import BatchMetadata, LoraBatch
@@ -13,6 +14,15 @@ from npc_runtime.engine.model import Decoder, KvCache
 from npc_runtime.engine.scheduler import PlannedRow
 
 __all__ = ["Runner"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """Pages of the pool as they were at `version`, prepared for the kernels."""
+
+    version: int
+    live: list[int]
+    pages: Any
 
 
 class Runner:
@@ -29,8 +39,7 @@ class Runner:
             dtype=decoder.dtype,
             device=decoder.device,
         )
-        self._live_key: tuple[object, ...] = ()
-        self._live_pages: Tensor | None = None
+        self._stack = _Stack(-1, [], None)
         self.num_forwards = 0
 
     @torch.inference_mode()
@@ -63,16 +72,23 @@ class Runner:
             tables.append([*blocks[:max_blocks], *[blocks[0]] * (max_blocks - len(blocks))])
             if row.samples:
                 last_tokens.append(first + length - 1)
-        where, queries = self._tensor(positions), self._tensor(query_index)
+        where, queries, table = self._tensor(positions), self._tensor(query_index), self._tensor(tables)
         seen = torch.arange(max_blocks * size, device=self._decoder.device)
+        mask = seen <= where[queries][:, :, None]  # (num_rows, max_query, max_blocks * size)
+        num_kv_heads = self._decoder.shape.num_kv_heads
+        slots = (table[:, :, None] * size + seen[:size]).flatten(1)
+        heads = torch.arange(num_kv_heads, device=self._decoder.device)
+        bias = torch.zeros(mask[:, -1:].shape, dtype=self._decoder.dtype, device=self._decoder.device)
         return BatchMetadata(
             positions=where,
             kv_slots=self._tensor(kv_slots),
-            block_tables=self._tensor(tables),
+            block_tables=table,
             token_rows=self._tensor(token_rows),
             token_columns=self._tensor(columns),
             query_index=queries,
-            attention_mask=(seen <= where[queries][:, :, None])[:, None],
+            attention_mask=mask[:, None],
+            kv_index=slots[:, None] * num_kv_heads + heads[:, None],
+            decode_bias=bias.masked_fill_(~mask[:, -1:], -torch.inf).repeat_interleave(num_kv_heads, dim=0),
             last_tokens=self._tensor(last_tokens),
             lora=self._describe_adapters(rows),
         )
@@ -84,21 +100,23 @@ class Runner:
         live = sorted(set().union(*owned))
         if not live:
             return None
-        mask = [[page in pages for page in live] for pages in owned]
+        stack = self._stack_pages(live)
+        mask = [[page in pages for page in stack.live] for pages in owned]
         lengths = self._tensor([row.stop - row.start for row in rows])
         return LoraBatch(
-            pages=self._gather(live),
+            pages=stack.pages,
             mask=torch.tensor(mask, device=self._decoder.device).repeat_interleave(lengths, dim=0),
         )
 
-    def _gather(self, live: list[int]) -> Tensor:
-        """The live pages as one tensor: a view where they lie together, else a copy kept until they change."""
-        if all(after == before + 1 for before, after in itertools.pairwise(live)):
-            return self._adapters.pool[live[0] : live[-1] + 1]
-        key = (self._adapters.version, *live)
-        if key != self._live_key or self._live_pages is None:
-            self._live_key, self._live_pages = key, self._adapters.pool[live]
-        return self._live_pages
+    def _stack_pages(self, live: list[int]) -> "_Stack":
+        """The live pages as the kernels want them; kept, with pages of lines that are over, while half is in use."""
+        kept = self._stack
+        fits = kept.version == self._adapters.version and set(live) <= set(kept.live)
+        if not fits or len(kept.live) > 2 * len(live):
+            pages = self._adapters.pool[live]
+            prepared = self._decoder.kernels.stack_pages(pages, self._decoder.layout.spans)
+            self._stack = _Stack(self._adapters.version, live, prepared)
+        return self._stack
 
     def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._decoder.device)

@@ -10,7 +10,7 @@ from npc_runtime.engine.core import SamplingParams, Sequence
 
 __all__ = ["sample", "uniform"]
 
-NUM_CANDIDATES = 1_024
+NUM_CANDIDATES = 256
 """Top logits looked at before a full sort is needed; real nuclei are far smaller."""
 
 MIN_TEMPERATURE = 1e-4
