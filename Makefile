@@ -2,6 +2,7 @@
 # make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 TORCH_INDEX ?=
+TORCH := $(shell grep '^torch==' constraints.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -26,12 +27,12 @@ generate: $(VENV)/.dev
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "npc-runtime needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
-	@echo "making $(VENV) (the packages are about 1 GB; a few minutes the first time)"
-	@$(PYTHON) -m venv $(VENV)
+	@echo "making $(VENV) (a few minutes the first time; torch is the large one)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-# torch first and pinned: left to itself, pip takes the newest build with several GB of CUDA.
+# torch first and pinned. PyPI's for Linux brings about 3 GB of CUDA; TORCH_INDEX chooses another build.
 $(VENV)/.runtime: $(BIN)/python pyproject.toml constraints.txt
-	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	@$(PIP) install -c constraints.txt -e .
 	@touch $@
 

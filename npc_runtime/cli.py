@@ -3,9 +3,11 @@
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
 
+import io
 import json
 import logging
 import os
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from npc_runtime import __version__
+from npc_runtime.engine.embedded import EMBEDDED_BASE, ensure_embedded_base
 from npc_runtime.errors import NpcError, StartupError
 
 if TYPE_CHECKING:
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-DEFAULT_BASE = "smollm2-135m"
 DEFAULT_PORT = 4780
 
 app = typer.Typer(
@@ -63,7 +65,7 @@ def _version(
 
 @app.command()
 def serve(
-    base: Base = DEFAULT_BASE,
+    base: Base = EMBEDDED_BASE,
     personas: Personas = None,
     host: Annotated[str, typer.Option(help="Address to bind; anything but loopback needs the token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = DEFAULT_PORT,
@@ -79,6 +81,7 @@ def serve(
     _prepare_process()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("websockets").setLevel(logging.ERROR)
+    logging.raiseExceptions = False  # a spawner may close the pipe that stderr is
     settings = Settings(
         base=base,
         personas=personas or _default_personas(),
@@ -89,15 +92,14 @@ def serve(
         needs_token=not no_auth,
         project=project,
     )
-    with progress_bars(stderr()) as report:
-        run_daemon(settings, report)
+    run_daemon(settings, lambda: progress_bars(stderr()))
 
 
 @app.command()
 def demo(
     as_json: AsJson = False,
     text: Annotated[str | None, typer.Option(help="What is shouted in the tavern.")] = None,
-    base: Base = DEFAULT_BASE,
+    base: Base = EMBEDDED_BASE,
     personas: Personas = None,
     dtype: DTypeOption = DType.AUTO,
     threads: Threads = None,
@@ -109,7 +111,6 @@ def demo(
 
     from npc_runtime.console import progress_bars, stderr
     from npc_runtime.demo import SHOUT, default_serve_options, play, show
-    from npc_runtime.engine.embedded import EMBEDDED_BASE, ensure_embedded_base
     from npc_runtime.persona import shipped_personas
 
     _prepare_process()
@@ -151,21 +152,19 @@ def persona_list(personas: Personas = None, as_json: AsJson = False) -> None:
 
 
 @persona_app.command("check")
-def persona_check(personas: Personas = None, base: Base = DEFAULT_BASE) -> None:
+def persona_check(personas: Personas = None, base: Base = EMBEDDED_BASE) -> None:
     """Check every persona file and adapter against the base; exit status 1 if anything is wrong."""
     from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.daemon import check_personas
 
     _prepare_process()
     library = _load_library(personas)
+    logging.disable(logging.WARNING)  # the table below says the same
     with progress_bars(stderr()) as report:
-        from npc_runtime.engine.checks import check_adapters
-
-        notes = check_adapters(library, base, report)
-    for persona in library:
-        problem = library.problems.get(persona.id)
-        typer.echo(f"{persona.id:<16} {problem or notes.get(persona.id, 'ok, prompt only')}")
-    for persona_id in library.problems.keys() - {persona.id for persona in library}:
-        typer.echo(f"{persona_id:<16} {library.problems[persona_id]}")
+        notes = check_personas(library, base, report)
+    for persona_id in sorted({*notes, *library.problems}):
+        problem = library.problems.get(persona_id)
+        typer.echo(f"{persona_id:<16} {problem or 'ok, ' + notes[persona_id]}")
     if library.problems:
         raise typer.Exit(1)
 
@@ -175,7 +174,7 @@ def persona_render(
     persona_id: Annotated[str, typer.Argument(metavar="ID")],
     text: Annotated[str, typer.Option(help="What the player says.")],
     personas: Personas = None,
-    base: Base = DEFAULT_BASE,
+    base: Base = EMBEDDED_BASE,
     as_json: AsJson = False,
 ) -> None:
     """Print the exact prompt of a line and its token ids."""
@@ -199,7 +198,7 @@ def persona_render(
 @app.command()
 def train(
     folder: Annotated[Path, typer.Argument(help="The persona's folder, with lines.jsonl and heldout.jsonl.")],
-    base: Base = DEFAULT_BASE,
+    base: Base = EMBEDDED_BASE,
     epochs: Annotated[int, typer.Option(min=1, max=100)] = 3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
@@ -217,7 +216,7 @@ def train(
         results = train_persona(
             persona,
             path,
-            base_name=base if base == DEFAULT_BASE else path.resolve().name,
+            base_name=base if base == EMBEDDED_BASE else path.resolve().name,
             recipe=Recipe(epochs=epochs, seed=seed),
             on_step=lambda step, steps, _: report(label, step / steps),
         )
@@ -238,7 +237,10 @@ def main() -> None:
 
 
 def _prepare_process() -> None:
-    """Keep the libraries quiet and offline: models come from folders, never from a hub behind the user's back."""
+    """Keep the libraries quiet and offline (models come from folders, not from a hub), and stdout in UTF-8."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what is half done is cleaned up
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -267,7 +269,7 @@ def _print_totals(totals: dict[str, object]) -> None:
     typer.echo(
         "\nWhat to try next:\n"
         '  npc-runtime demo --text "There is a dragon on the roof!"\n'
-        "  npc-runtime serve                      the daemon for your game; PROTOCOL.md is what it speaks\n"
-        '  npc-runtime persona render odo --text "Hello."   the exact prompt of a line\n'
-        "  npc-runtime train personas/odo         train an adapter from lines.jsonl"
+        "  npc-runtime serve                             the daemon for your game; PROTOCOL.md is what it speaks\n"
+        '  npc-runtime persona render odo --text "Hi."   the exact prompt of a line\n'
+        "  npc-runtime train personas/odo                train an adapter from lines.jsonl"
     )

@@ -26,6 +26,7 @@ from npc_runtime.errors import DisconnectedError, InvalidError, NpcError, Protoc
 __all__ = ["Batch", "BatchEvent", "Client", "RequestError"]
 
 ANSWER_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 1.0  # unread frames can hide the answer to a close
 MAX_BATCH_EVENTS = 4_096
 
 BatchEvent = wire.LineStart | wire.DeltaItem | wire.LineEnd | wire.BatchEnd
@@ -49,7 +50,9 @@ class Batch:
         self.id = batch_id
         self.accepted: wire.Accepted | None = None
         self._client = client
-        self._events: asyncio.Queue[BatchEvent | NpcError] = asyncio.Queue(MAX_BATCH_EVENTS)
+        self._events: asyncio.Queue[BatchEvent] = asyncio.Queue(MAX_BATCH_EVENTS)
+        self._failure: asyncio.Future[NpcError] = asyncio.get_running_loop().create_future()
+        self._is_over = False
 
     @property
     def rejected(self) -> list[wire.AcceptedItem]:
@@ -65,19 +68,29 @@ class Batch:
         await self._events.put(event)
 
     def fail(self, reason: NpcError) -> None:
-        """The connection is gone: the reader gets the reason, in place of the last event if the queue is full."""
-        if self._events.full():
-            self._events.get_nowait()
-        self._events.put_nowait(reason)
+        """The connection is gone: whoever iterates gets what came before, then the reason."""
+        if not self._failure.done():
+            self._failure.set_result(reason)
 
     async def __aiter__(self) -> AsyncIterator[BatchEvent]:
-        while True:
-            event = await self._events.get()
-            if isinstance(event, NpcError):
-                raise event
+        while not self._is_over:
+            event = await self._next()
+            self._is_over = isinstance(event, wire.BatchEnd)
             yield event
-            if isinstance(event, wire.BatchEnd):
-                return
+
+    async def _next(self) -> BatchEvent:
+        if self._events.empty() and not self._failure.done():
+            getter = asyncio.ensure_future(self._events.get())
+            either: list[asyncio.Future[Any]] = [getter, self._failure]
+            try:
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if getter.done():
+                    return getter.result()
+            finally:
+                getter.cancel()
+        if self._events.empty():
+            raise self._failure.result()
+        return self._events.get_nowait()
 
 
 class Client:
@@ -106,24 +119,38 @@ class Client:
         """Open a connection and wait for `welcome`. Raises `DisconnectedError` with the daemon's reason."""
         subprotocol = Subprotocol(wire.SUBPROTOCOLS[1 if json_frames else 0])
         try:
-            socket = await connect(url, subprotocols=[subprotocol], compression=None, proxy=None)
-            client = cls(socket)
-            hello = wire.Hello(
-                protocol=wire.PROTOCOL_VERSION,
-                token=token,
-                client=wire.ClientInfo(name=name, version=__version__),
+            socket = await connect(
+                url,
+                subprotocols=[subprotocol],
+                compression=None,
+                ping_interval=None,
+                close_timeout=CLOSE_TIMEOUT_S,
+                proxy=None,
             )
-            await client.send(hello)
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                message = codec.parse_server(codec.decode(await socket.recv(), client._subprotocol))
-        except ConnectionClosed as error:
-            raise _disconnected(error) from error
         except (OSError, WebSocketException, TimeoutError) as error:
             raise DisconnectedError(f"No daemon answers at {url} ({error}).", "Is it running?") from error
-        assert isinstance(message, wire.Welcome)
-        client.welcome = message
+        client = cls(socket)
+        try:
+            client.welcome = await client._open(token, name)
+        except BaseException:
+            await socket.close()
+            raise
         client._reader = asyncio.create_task(client._read())
         return client
+
+    async def _open(self, token: str | None, name: str) -> wire.Welcome:
+        info = wire.ClientInfo(name=name, version=__version__)
+        await self.send(wire.Hello(protocol=wire.PROTOCOL_VERSION, token=token, client=info))
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                message = codec.parse_server(codec.decode(await self._socket.recv(), self._subprotocol))
+        except ConnectionClosed as error:
+            raise _disconnected(error) from error
+        except TimeoutError as error:
+            raise DisconnectedError(f"The daemon did not answer hello within {ANSWER_TIMEOUT_S:.0f} s.") from error
+        if not isinstance(message, wire.Welcome):
+            raise ProtocolError(f"The daemon answered hello with {message.type}.", "Is it a daemon of ours?")
+        return message
 
     async def __aenter__(self) -> Self:
         return self
@@ -135,9 +162,10 @@ class Client:
 
     async def close(self) -> None:
         """Close the connection; what still runs is cancelled."""
-        await self._socket.close()
         if self._reader is not None:
+            self._reader.cancel()  # it may be waiting for a batch that nobody reads
             await asyncio.gather(self._reader, return_exceptions=True)
+        await self._socket.close()
 
     async def generate(self, lines: Sequence[dict[str, Any]], *, batch: wire.Id | None = None) -> Batch:
         """Send lines (`LineRequest` maps) as one batch and wait until they are accepted or rejected."""
@@ -149,7 +177,7 @@ class Client:
         message_id = next(self._ids)
         try:
             body = await self._ask(wire.Generate(id=message_id, batch=batch_id, lines=list(lines)), message_id)
-        except NpcError:
+        except BaseException:
             self._batches.pop(batch_id, None)
             raise
         handle.accepted = wire.Accepted.model_validate(body)
@@ -226,19 +254,25 @@ class Client:
                 self._fail(message)
             case wire.Delta():
                 for delta in message.items:
-                    await self._line_owners[delta.line].put(delta)
+                    await self._hand(self._line_owners.get(delta.line), delta)
             case wire.LineStart():
-                await self._line_owners[message.line].put(message)
+                await self._hand(self._line_owners.get(message.line), message)
             case wire.LineEnd():
-                await self._line_owners.pop(message.line).put(message)
+                await self._hand(self._line_owners.pop(message.line, None), message)
             case wire.BatchEnd():
-                await self._batches.pop(message.batch).put(message)
+                await self._hand(self._batches.pop(message.batch, None), message)
             case wire.Welcome():
                 raise ProtocolError("The daemon said welcome twice.")
 
+    async def _hand(self, batch: Batch | None, event: BatchEvent) -> None:
+        """Give a batch its event; one that was given up meanwhile (its `accepted` came too late) gets none."""
+        if batch is not None:
+            await batch.put(event)
+
     def _take_accepted(self, message: wire.Accepted) -> None:
-        owner = self._batches[message.batch]
-        self._line_owners.update((item.line, owner) for item in message.items if item.status == "queued")
+        owner = self._batches.get(message.batch)
+        if owner is not None:
+            self._line_owners.update((item.line, owner) for item in message.items if item.status == "queued")
         self._answer(message.re, message.model_dump())
 
     def _take_reply(self, message: wire.Reply) -> None:

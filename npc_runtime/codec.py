@@ -71,7 +71,7 @@ def parse_line(document: Any) -> wire.LineRequest:
     try:
         line = wire.LineRequest.model_validate(document)
     except (ValidationError, RecursionError) as error:
-        raise _first_problem(error) from error
+        raise _first_problem(error, whole="the line") from error
     if line.format.kind != "text":
         raise FormatUnsupported(f"format.kind '{line.format.kind}' is not served yet.", "Use 'text'.")
     refused = {"npc": line.npc, "draft": line.draft, "emotions": line.emotions, "actions": line.actions}
@@ -89,12 +89,15 @@ def parse_server(document: dict[str, Any]) -> wire.ServerMessage:
         raise ProtocolError(f"The daemon sent a message that is not of this protocol: {error}") from error
 
 
-def _first_problem(error: ValidationError | RecursionError, *, skip: int = 0) -> WireError:
+def _first_problem(error: ValidationError | RecursionError, *, skip: int = 0, whole: str = "the message") -> WireError:
     """Name the first wrong field; `skip` leaves out the union's tag in front of the path."""
     if isinstance(error, RecursionError):
         return ProtocolError("The message is nested too deeply.", "Send flat maps.")
     problem = error.errors(include_url=False)[0]
-    field = ".".join(str(part)[:64] for part in problem["loc"][skip:]) or "the message"
+    field = ".".join(str(part)[:64] for part in problem["loc"][skip:]) or whole
     if problem["type"] == "extra_forbidden":
         return InvalidError(f"'{field}' is not an option.", "PROTOCOL.md lists the options.")
-    return InvalidError(f"'{field}' is invalid: {problem['msg'][:200]}.", "PROTOCOL.md has the bounds.")
+    if problem["type"] == "model_type":
+        return InvalidError(f"'{field}' is not a map.", "PROTOCOL.md has its fields.")
+    reason = problem["msg"].removeprefix("Value error, ")[:200]
+    return InvalidError(f"'{field}' is invalid: {reason}.", "PROTOCOL.md has the bounds.")

@@ -1,7 +1,7 @@
 """What the commands show people: progress bars on stderr, one-line errors."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -19,13 +19,16 @@ def progress_bars(console: Console) -> Iterator[Callable[[str, float], None]]:
     """Yield `report(label, fraction)`: a bar for each label on a terminal, else one line when it begins."""
     tasks: dict[str, TaskID] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    is_shown = console.is_terminal
+    # Redirecting would send what is printed on stdout, the daemon's endpoint among it, to this console.
+    with Progress(*columns, console=console, disable=not is_shown, redirect_stdout=False) as progress:
 
         def report(label: str, fraction: float) -> None:
             if label not in tasks:
                 tasks[label] = progress.add_task(label, total=1.0)
-                if not console.is_terminal:
-                    console.print(f"{label} …")
+                if not is_shown:
+                    with suppress(OSError):  # whoever started us may have closed the pipe
+                        console.print(f"{label} …")
             progress.update(tasks[label], completed=fraction)
 
         yield report

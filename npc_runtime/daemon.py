@@ -7,6 +7,8 @@ import secrets
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +19,25 @@ from npc_runtime.engine.core import EngineConfig
 from npc_runtime.engine.device import Device, DTypeName, choose_device, explain_unused_gpu
 from npc_runtime.engine.embedded import OnProgress
 from npc_runtime.engine.engine import Engine
-from npc_runtime.engine.model import Decoder, choose_kernels
+from npc_runtime.engine.model import Decoder, ModelShape, PageLayout, choose_kernels
 from npc_runtime.engine.tokenizer import ChatTokenizer
 from npc_runtime.engine.weights import BaseInfo, describe_base, iterate_weights, read_config, resolve_base
-from npc_runtime.errors import StartupError, WireError
-from npc_runtime.persona import Library
+from npc_runtime.errors import AdapterIncompatible, StartupError, WireError
+from npc_runtime.persona import Library, Persona
 from npc_runtime.protocol import PROTOCOL_VERSION, BaseModelInfo
 from npc_runtime.server import NpcServer
 from npc_runtime.session import DaemonInfo
 
-__all__ = ["LoadedBase", "Settings", "load_adapters", "load_base", "load_library", "run_daemon"]
+__all__ = [
+    "LoadedBase",
+    "Settings",
+    "check_personas",
+    "load_adapters",
+    "load_base",
+    "load_library",
+    "make_store",
+    "run_daemon",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +68,11 @@ class LoadedBase:
     tokenizer: ChatTokenizer
 
 
-def run_daemon(settings: Settings, on_progress: OnProgress) -> None:
-    """Load everything, serve until SIGINT or SIGTERM. Raises `StartupError` before the socket opens."""
+def run_daemon(settings: Settings, progress: Callable[[], AbstractContextManager[OnProgress]]) -> None:
+    """Load everything, serve until SIGINT or SIGTERM. `progress` is entered only while there is something to show.
+
+    Raises `StartupError` before the socket opens, or if the engine thread dies.
+    """
     import torch
 
     if settings.threads is not None:
@@ -67,9 +81,11 @@ def run_daemon(settings: Settings, on_progress: OnProgress) -> None:
     if settings.host not in LOOPBACK and not settings.needs_token:
         raise StartupError(f"--no-auth is refused on {settings.host}.", "Only loopback may go without a token.")
     with _bind(settings.host, settings.port) as sock:
-        base = load_base(settings.base, settings.dtype, on_progress)
+        with progress() as on_progress:
+            base = load_base(settings.base, settings.dtype, on_progress)
         config = EngineConfig()
-        adapters = load_adapters(base, library, config)
+        adapters = make_store(base.decoder.shape, base.device, config)
+        load_adapters(adapters, library, base.info.name)
         asyncio.run(_serve(settings, sock, base, library, adapters, config))
 
 
@@ -94,45 +110,64 @@ def load_base(name: str, dtype: DTypeName, on_progress: OnProgress) -> LoadedBas
     folder = resolve_base(name, on_progress)
     config = read_config(folder)
     info = describe_base(name, folder)
+    tokenizer = ChatTokenizer(folder)
     tensors = iterate_weights(
         folder,
         dtype=device.dtype,
         device=device.torch_device,
         on_progress=lambda fraction: on_progress(f"loading {info.name}", fraction),
     )
-    return LoadedBase(
-        info, device, Decoder(config, tensors, choose_kernels(device.torch_device)), ChatTokenizer(folder)
-    )
+    decoder = Decoder(config, tensors, choose_kernels(device.torch_device))
+    return LoadedBase(info, device, decoder, tokenizer)
 
 
-def load_adapters(base: LoadedBase, library: Library, config: EngineConfig) -> AdapterStore:
-    """Read every persona's adapter; a persona whose adapter cannot be used gets the reason as its problem."""
-    decoder = base.decoder
-    store = AdapterStore(
-        decoder.shape,
-        decoder.layout,
-        dtype=decoder.dtype,
-        device=decoder.device,
+def make_store(shape: ModelShape, device: Device, config: EngineConfig) -> AdapterStore:
+    """An empty adapter store for a base."""
+    return AdapterStore(
+        shape,
+        PageLayout.of(shape),
+        dtype=device.dtype,
+        device=device.torch_device,
         max_pages=config.max_adapter_pages,
     )
-    for persona in library:
+
+
+def load_adapters(store: AdapterStore, library: Library, base_name: str) -> dict[str, str]:
+    """Read every persona's adapter into the store; a persona whose adapter cannot be used gets the reason.
+
+    Returns a note for each persona that can speak.
+    """
+    notes = {}
+    for persona in list(library):
         if not persona.adapter:
+            notes[persona.id] = "prompt only"
             continue
         try:
-            parts = [(persona.folder / ref.path, ref.scale) for ref in persona.adapter]
-            pages = store.add(persona.id, parts)
-        except WireError as error:
-            library.problems[persona.id] = error
-            logger.warning("persona %s cannot be used: %s", persona.id, error)
+            pages = store.add(persona.id, [(persona.folder / ref.path, ref.scale) for ref in persona.adapter])
+        except Exception as error:  # files come from anywhere; whatever is wrong is this persona's problem alone
+            problem = error if isinstance(error, WireError) else _unreadable(persona, error)
+            library.reject(persona.id, problem)
+            logger.warning("persona %s cannot be used: %s", persona.id, problem)
             continue
-        if Path(pages.made_for).name != base.info.name:
-            logger.info(
-                "the adapter of %s says it was made for %s; its shapes fit %s",
-                persona.id,
-                pages.made_for,
-                base.info.name,
-            )
-    return store
+        notes[persona.id] = f"adapter of rank {pages.rank}"
+        if not Path(pages.made_for).name.startswith(base_name):
+            notes[persona.id] += f", made for '{pages.made_for}'; its shapes fit {base_name}"
+            logger.info("persona %s: %s", persona.id, notes[persona.id])
+    return notes
+
+
+def check_personas(library: Library, base: str, on_progress: OnProgress) -> dict[str, str]:
+    """Check all adapters as the daemon would, without loading the base's weights; notes as `load_adapters`."""
+    device = choose_device("auto")
+    folder = resolve_base(base, on_progress)
+    store = make_store(ModelShape.from_config(read_config(folder)), device, EngineConfig())
+    return load_adapters(store, library, describe_base(base, folder).name)
+
+
+def _unreadable(persona: Persona, error: Exception) -> AdapterIncompatible:
+    return AdapterIncompatible(
+        f"The adapter of {persona.id} cannot be read ({type(error).__name__}: {error}).", "Export it again."
+    )
 
 
 async def _serve(
@@ -144,6 +179,7 @@ async def _serve(
     config: EngineConfig,
 ) -> None:
     stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
     _stop_on_signals(stop)
     port = sock.getsockname()[1]
     token = secrets.token_urlsafe(24) if settings.needs_token else None
@@ -161,12 +197,23 @@ async def _serve(
         host=settings.host,
         port=port,
     )
-    engine = Engine(base.decoder, base.tokenizer, adapters, config, on_step=server.on_step)
+
+    def on_death() -> None:
+        loop.call_soon_threadsafe(stop.set)
+
+    engine = Engine(
+        base.decoder,
+        base.tokenizer,
+        adapters,
+        config,
+        on_step=server.on_step,
+        on_death=on_death,
+    )
     await server.start(sock, engine)
     project = settings.project or project_of(settings.personas)
     endpoint = Endpoint(port, os.getpid(), token, PROTOCOL_VERSION, base.info.name)
-    path = write_endpoint(project, endpoint)
     _announce(endpoint)
+    path = _write_runtime_file(project, endpoint)
     if settings.host not in LOOPBACK:
         logger.warning("bound to %s: other machines can connect, with the token", settings.host)
     logger.info(
@@ -177,6 +224,16 @@ async def _serve(
     logger.info("stopping")
     remove_endpoint(project, os.getpid())
     await server.close()
+    if engine.has_died:
+        raise StartupError("The engine thread died.", "The log above has the reason; start the daemon again.")
+
+
+def _write_runtime_file(project: str, endpoint: Endpoint) -> Path | None:
+    try:
+        return write_endpoint(project, endpoint)
+    except OSError as error:
+        logger.warning("no runtime file (%s); clients must be told port and token", error)
+        return None
 
 
 def _announce(endpoint: Endpoint) -> None:
@@ -203,7 +260,10 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         if sys.platform != "win32":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         sock.bind((host, port))
+        sock.listen()  # only a listening socket keeps others off the port
     except OSError as error:
         sock.close()
         raise StartupError(

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,10 +20,10 @@ from rich.text import Text
 
 from npc_runtime.client import Client
 from npc_runtime.discovery import Endpoint
-from npc_runtime.errors import StartupError
+from npc_runtime.errors import NpcError, StartupError
 from npc_runtime.protocol import BatchEnd, DeltaItem, LineEnd, LineStart
 
-__all__ = ["Performance", "Scene", "play", "show"]
+__all__ = ["SHOUT", "Performance", "Role", "Scene", "default_serve_options", "play", "show"]
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 5.0
@@ -82,9 +82,9 @@ async def play(
             on_ready()
             welcome = client.welcome
             scene = Scene(shout=shout, device=welcome.device, base=welcome.base.name)
-            for persona in await client.personas():
-                if persona.error is None:
-                    scene.roles[len(scene.roles) + 1] = Role(persona.id, persona.display_name)
+            usable = [persona for persona in await client.personas() if persona.error is None]
+            for line, persona in enumerate(usable[: welcome.limits["batch"]], 1):
+                scene.roles[line] = Role(persona.id, persona.display_name)
             if not scene.roles:
                 raise StartupError("No persona can speak.", "npc-runtime persona check says why.")
             await _speak(client, scene, on_change)
@@ -96,7 +96,10 @@ async def _speak(client: Client, scene: Scene, on_change: Callable[[Scene], None
         {"line": line, "persona": role.persona, "input": {"text": scene.shout}} for line, role in scene.roles.items()
     ]
     on_change(scene)
-    async for event in await client.generate(lines):
+    batch = await client.generate(lines)
+    for item in batch.rejected:
+        raise NpcError(item.message or "A line was rejected.", item.hint or "")
+    async for event in batch:
         match event:
             case LineStart():
                 scene.roles[event.line].start = event
@@ -128,7 +131,7 @@ def _perform(scene: Scene) -> Performance:
         "wall_ms": scene.end.wall_ms,
         "forwards": scene.end.forwards,
         "tokens": tokens,
-        "tokens_per_s": round(1000 * tokens / scene.end.wall_ms, 1),
+        "tokens_per_s": round(1000 * tokens / max(scene.end.wall_ms, 1.0), 1),
         "base": scene.base,
         "device": scene.device,
     }
@@ -197,13 +200,17 @@ async def _daemon(serve_options: list[str]) -> AsyncIterator[Endpoint]:
 
 
 def _wait_for_endpoint(process: subprocess.Popen[str], log: Any) -> Endpoint:
-    """Read the daemon's first line; if it ends instead, say what its log says."""
+    """Read the daemon's first line; if it ends instead, or takes too long, say what its log says."""
     assert process.stdout is not None
-    started = time.monotonic()
-    line = process.stdout.readline()
-    if line:
-        return Endpoint(**json.loads(line))
-    process.wait(max(START_TIMEOUT_S - (time.monotonic() - started), 1.0))
+    timer = threading.Timer(START_TIMEOUT_S, process.kill)
+    timer.start()
+    try:
+        line = process.stdout.readline()
+        if line:
+            return Endpoint(**json.loads(line))
+        process.wait()
+    finally:
+        timer.cancel()
     log.seek(0)
     said = [text for text in log.read().splitlines() if text.strip()]
     raise StartupError("The daemon did not start:\n" + "\n".join(said[-8:]))

@@ -8,10 +8,11 @@ import hashlib
 import json
 import os
 import tempfile
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["Endpoint", "project_of", "read_endpoint", "remove_endpoint", "write_endpoint"]
+__all__ = ["Endpoint", "project_of", "read_endpoint", "remove_endpoint", "runtime_file", "write_endpoint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +39,11 @@ def runtime_file(project: str) -> Path:
     """Where the project's runtime file is."""
     import platformdirs
 
+    with warnings.catch_warnings():  # platformdirs warns where XDG_RUNTIME_DIR is not set; its choice is fine
+        warnings.simplefilter("ignore")
+        folder = platformdirs.user_runtime_path("npc-runtime", appauthor=False)
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in project)[:64]
-    return platformdirs.user_runtime_path("npc-runtime", appauthor=False) / f"{safe}.json"
+    return folder / f"{safe}.json"
 
 
 def write_endpoint(project: str, endpoint: Endpoint) -> Path:
@@ -49,7 +53,11 @@ def write_endpoint(project: str, endpoint: Endpoint) -> Path:
     handle, name = tempfile.mkstemp(dir=path.parent)  # mode 0600; on Windows the folder is the user's own
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(endpoint.to_json())
-    os.replace(name, path)
+    try:
+        os.replace(name, path)
+    except OSError:  # Windows: somebody reads the old one
+        os.unlink(name)
+        raise
     return path
 
 

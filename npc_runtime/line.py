@@ -20,6 +20,7 @@ class Job:
 
     request_id: int
     batch: wire.Id
+    arrival: float  # seconds, when the frame came in
     adapter: str | None
     prompt_ids: tuple[int, ...]
     sampling: wire.LineSampling  # no None left but `stop` is a list

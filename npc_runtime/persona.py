@@ -4,9 +4,10 @@ A persona is a folder `personas/<id>/` with `persona.yaml` in it. This module kn
 nothing of tokens, models or sockets.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
@@ -23,6 +24,7 @@ from npc_runtime.errors import PersonaInvalid, PersonaUnknown, WireError
 __all__ = [
     "AdapterRef",
     "Context",
+    "Document",
     "Example",
     "Fallback",
     "Library",
@@ -56,8 +58,15 @@ class Example(Document):
 class AdapterRef(Document):
     """A LoRA folder in PEFT's format, relative to the persona's folder, and its strength."""
 
-    path: str = Field(min_length=1)
+    path: str = Field(min_length=1, max_length=1_000)
     scale: float = Field(default=1.0, ge=-4.0, le=4.0)
+
+    @field_validator("path")
+    @classmethod
+    def _is_local(cls, value: str) -> str:
+        if value.startswith(("//", "\\\\")) or "\0" in value:  # Windows would log in to the share's host
+            raise ValueError("a network path is not allowed")
+        return value
 
 
 class Sampling(Document):
@@ -117,7 +126,7 @@ def _as_adapters(value: Any) -> Any:
 class Persona(Document):
     """An authored character."""
 
-    version: Literal[1] = Field(alias="schema")
+    version: int = Field(alias="schema", strict=True, ge=1, le=SCHEMA_VERSION)
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
     display_name: str = Field(min_length=1, max_length=200)
     bio: str = Field(min_length=1, max_length=4_000)
@@ -169,7 +178,7 @@ class Persona(Document):
         path = folder / "persona.yaml"
         document = _read_yaml(path)
         version = document.get("schema")
-        if isinstance(version, int) and version > SCHEMA_VERSION:
+        if type(version) is int and version > SCHEMA_VERSION:
             raise PersonaInvalid(
                 f"{path}: schema {version} is newer than this program reads ({SCHEMA_VERSION}).",
                 "Update npc-runtime, or save the persona for the older schema.",
@@ -179,7 +188,9 @@ class Persona(Document):
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"]) or "the document"
-            raise PersonaInvalid(f"{path}: {field}: {first['msg']}.", "Correct this field.") from error
+            is_typo = first["type"] == "extra_forbidden"
+            what = "is not a field of a persona file" if is_typo else first["msg"].removeprefix("Value error, ")
+            raise PersonaInvalid(f"{path}: {field}: {what}.", "Correct this field.") from error
         if persona.id != folder.name:
             raise PersonaInvalid(
                 f"{path}: id '{persona.id}' is not the folder's name '{folder.name}'.", "Rename one of them."
@@ -189,7 +200,7 @@ class Persona(Document):
 
 
 class Library:
-    """The personas of one folder. One that cannot be used is kept with its reason; the others are not affected."""
+    """The personas of one folder that can speak; those that cannot are kept with the reason, in `problems`."""
 
     def __init__(self, personas: Mapping[str, Persona], problems: Mapping[str, WireError]) -> None:
         self._personas = dict(personas)
@@ -199,18 +210,26 @@ class Library:
     def load(cls, folder: Path) -> "Library":
         """Read every persona folder below `folder`; what is wrong with one goes to `problems`."""
         personas, problems = {}, {}
-        for path in sorted(folder.glob("*/persona.yaml")):
+        for path in sorted(path for path in folder.iterdir() if os.path.lexists(path / "persona.yaml")):
             try:
-                personas[path.parent.name] = Persona.load(path.parent)
+                personas[path.name] = Persona.load(path)
             except WireError as error:
-                problems[path.parent.name] = error
+                problems[path.name] = error
         return cls(personas, problems)
 
     def __iter__(self) -> Iterator[Persona]:
-        return iter(self._personas.values())
+        return (persona for persona in self._personas.values() if persona.id not in self.problems)
 
     def __len__(self) -> int:
-        return len(self._personas)
+        return sum(1 for _ in self)
+
+    def reject(self, persona_id: str, problem: WireError) -> None:
+        """Keep the persona from speaking, with the reason that lines for it get."""
+        self.problems[persona_id] = problem
+
+    def name_of(self, persona_id: str) -> str:
+        """The display name of a persona, usable or not."""
+        return self._personas[persona_id].display_name if persona_id in self._personas else persona_id
 
     def find(self, persona_id: str) -> Persona:
         """Return a persona that can speak. Raises `PersonaUnknown`, or the problem that was found with it."""
@@ -218,7 +237,7 @@ class Library:
             problem = self.problems[persona_id]
             raise type(problem)(problem.message, problem.hint)  # a fresh one, or its traceback would grow
         if persona_id not in self._personas:
-            known = ", ".join(sorted(self._personas)[:20]) or "none"
+            known = ", ".join(sorted(persona.id for persona in self)[:20]) or "none"
             raise PersonaUnknown(f"There is no persona '{persona_id[:64]}'.", f"Loaded are: {known}.")
         return self._personas[persona_id]
 

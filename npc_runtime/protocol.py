@@ -33,6 +33,7 @@ __all__ = [
     "DeltaItem",
     "Error",
     "ErrorInfo",
+    "Format",
     "Generate",
     "Hello",
     "Id",
@@ -41,9 +42,12 @@ __all__ = [
     "LineRequest",
     "LineSampling",
     "LineStart",
+    "Message",
+    "Options",
     "PersonaInfo",
     "PersonaList",
     "Reply",
+    "Request",
     "ServerMessage",
     "Status",
     "Timing",
@@ -135,14 +139,13 @@ class Want(Message):
 
     tick_ms: float = Field(default=33.0, ge=0.0, le=1_000.0)
     max_frame: int = Field(default=MAX_SERVER_FRAME, ge=MAX_SERVER_FRAME, le=MAX_CLIENT_FRAME)
-    stats: bool = False
 
 
 class Hello(Request):
     """First message of a connection."""
 
     type: Literal["hello"] = "hello"
-    protocol: int
+    protocol: int = Field(strict=True)
     token: str | None = Field(default=None, max_length=256)
     client: ClientInfo = ClientInfo()
     want: Want = Want()

@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 5.0
 SEND_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 0.8
 MAX_CONNECTIONS = 16
 MAX_OUTBOX = 2_048  # messages; more than all ends of a full connection
 CONGESTED_OUTBOX = 16  # from here on deltas wait and merge
@@ -82,17 +83,22 @@ class NpcServer:
             process_request=self._process_request,
             select_subprotocol=_select_subprotocol,
             compression=None,
+            close_timeout=CLOSE_TIMEOUT_S,
+            ping_interval=None,  # an editor at a breakpoint answers no ping; a dead peer on loopback is reported
             max_size=wire.MAX_CLIENT_FRAME,
             server_header=None,
         )
 
     async def close(self) -> None:
-        """Tell every client that the daemon goes, and stop the engine."""
+        """Tell every client that the daemon goes, and stop the engine; both get the same time."""
         assert self._server is not None
         assert self._engine is not None
         self._server.close(code=wire.CloseCode.RESTART, reason="the daemon was stopped")
-        await asyncio.wait([asyncio.ensure_future(self._server.wait_closed())], timeout=1.0)
-        await asyncio.to_thread(self._engine.close)
+        closed = asyncio.ensure_future(self._server.wait_closed())
+        stopped = asyncio.ensure_future(asyncio.to_thread(self._engine.close, CLOSE_TIMEOUT_S))
+        await asyncio.wait([closed, stopped], timeout=CLOSE_TIMEOUT_S)
+        for connection in self._connections:  # a client that does not read does not answer the close either
+            connection.abort()
 
     def on_step(self, step: StepOutput) -> None:
         """Take a step's outcome from the engine thread to the loop: the one place where the two meet."""
@@ -190,11 +196,17 @@ class NpcServer:
             is_ours = request.path.partition("?")[0] == "/v1"
             return None if is_ours else _respond(http.HTTPStatus.NOT_FOUND, "text/plain", "Connect to /v1.\n")
         if request.path == "/healthz":
-            return _respond(http.HTTPStatus.OK, "application/json", json.dumps({"status": "ok", **self.status()}))
+            return self._health()
         if request.path == "/":
             text = f"npc-runtime {self._info.version} is running. A game connects to ws://HOST/v1; see PROTOCOL.md.\n"
             return _respond(http.HTTPStatus.OK, "text/plain", text)
         return _respond(http.HTTPStatus.NOT_FOUND, "text/plain", "There is no such page.\n")
+
+    def _health(self) -> Response:
+        is_well = self._engine is not None and not self._engine.has_died
+        body = json.dumps({"status": "ok" if is_well else "the engine thread died", **self.status()})
+        status = http.HTTPStatus.OK if is_well else http.HTTPStatus.SERVICE_UNAVAILABLE
+        return _respond(status, "application/json", body)
 
     def _names(self) -> set[str]:
         return {f"{name}:{self._port}" for name in (*LOOPBACK_NAMES, self._host)}
@@ -222,7 +234,9 @@ class _Connection:
                 self._timer.cancel()
             for task in (reader, writer):
                 task.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
+            for outcome in await asyncio.gather(reader, writer, return_exceptions=True):
+                if isinstance(outcome, Exception) and not isinstance(outcome, ConnectionClosed):
+                    logger.error("%s failed", self._session.name, exc_info=outcome)
             logger.info("%s closed (%s)", self._session.name, self._socket.close_code)
 
     def on_step(self, events: Iterable[Started | Spoken | Ended], forwards: Iterable[wire.Id]) -> None:
@@ -241,6 +255,10 @@ class _Connection:
                     effects += session.on_ended(event, now)
         self._perform([*effects, *session.after_step(now)])
         self._plan_tick(now)
+
+    def abort(self) -> None:
+        """Drop the socket without a close handshake."""
+        self._socket.transport.abort()
 
     async def _read(self) -> None:
         try:
@@ -274,7 +292,7 @@ class _Connection:
                 self._plan_tick(time.monotonic())
         except TimeoutError:
             logger.warning("%s did not read for %.0f s; dropped", self._session.name, SEND_TIMEOUT_S)
-            self._socket.transport.abort()
+            self.abort()
         except ConnectionClosed:
             return
 
@@ -298,7 +316,7 @@ class _Connection:
             self._outbox.put_nowait(message)
         except asyncio.QueueFull:
             logger.warning("%s reads too slowly; dropped", self._session.name)
-            self._socket.transport.abort()
+            self.abort()
 
     def _plan_tick(self, now: float) -> None:
         due = self._session.next_tick
@@ -334,17 +352,17 @@ def _respond(status: http.HTTPStatus, kind: str, text: str) -> Response:
 
 
 def _to_request(job: Job, group: Hashable) -> Request:
-    now, sampling = time.monotonic(), job.sampling
+    sampling = job.sampling
     values = sampling.model_dump(exclude={"stop"})
     return Request(
         id=job.request_id,
         prompt_ids=job.prompt_ids,
         sampling=SamplingParams(**values, stop=tuple(sampling.stop or ()), soft_words=job.soft_words),
-        arrival=now,
+        arrival=job.arrival,
         adapter=job.adapter,
         group=group,
         priority=job.priority,
-        deadline=None if job.deadline_ms is None else now + job.deadline_ms / 1000,
+        deadline=None if job.deadline_ms is None else job.arrival + job.deadline_ms / 1000,
     )
 
 

@@ -6,6 +6,7 @@ The server performs the effects in order. Every accepted line ends exactly once,
 import hashlib
 import hmac
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -14,6 +15,7 @@ from npc_runtime import codec
 from npc_runtime import protocol as wire
 from npc_runtime.errors import (
     ContextOverflow,
+    InternalError,
     InvalidError,
     OverloadError,
     ProtocolError,
@@ -37,6 +39,8 @@ __all__ = [
     "Stop",
     "Submit",
 ]
+
+logger = logging.getLogger(__name__)
 
 MAX_CLOSE_REASON = 120  # bytes; a close frame has room for 123
 
@@ -317,8 +321,11 @@ class Session:
         items, jobs = [], []
         for document in message.lines:
             try:
-                line = self._prepare(document, message.batch)
-            except WireError as error:
+                line = self._prepare(document, message.batch, now)
+            except Exception as error:  # besides our own, whatever a base's chat template raises
+                if not isinstance(error, WireError):
+                    logger.exception("a line of %s could not be prepared", self.name)
+                    error = InternalError("The line could not be prepared.", "The daemon's log has the details.")
                 batch.num_failed += 1
                 items.append(_rejected(document, error))
                 continue
@@ -333,7 +340,7 @@ class Session:
             return [*effects, Submit(tuple(jobs))]
         return [*effects, Send(_batch_end(message.batch, batch, now))]
 
-    def _prepare(self, document: Any, batch: wire.Id) -> Line:
+    def _prepare(self, document: Any, batch: wire.Id, now: float) -> Line:
         """Check one line and resolve everything it leaves to the persona."""
         request = codec.parse_line(document)
         if request.line in self._lines:
@@ -345,6 +352,8 @@ class Session:
         persona = self._library.find(request.persona)
         sampling = resolve_sampling(request.sampling, persona, self._new_seed)
         prompt_ids = self._render(chat_messages(request, persona))
+        if not prompt_ids:
+            raise InvalidError("The base's tokenizer makes nothing of this text.", "Send other words.")
         total = len(prompt_ids) + (sampling.max_tokens or 0)
         if total > self._info.base.context:
             raise ContextOverflow(
@@ -355,6 +364,7 @@ class Session:
         job = Job(
             request_id=self._new_request_id(),
             batch=batch,
+            arrival=now,
             adapter=persona.adapter_name,
             prompt_ids=prompt_ids,
             sampling=sampling,
@@ -395,16 +405,16 @@ class Session:
         return None if line_id is None else self._lines[line_id]
 
     def _persona_infos(self) -> list[wire.PersonaInfo]:
+        usable = {persona.id: persona for persona in self._library}
         problems = self._library.problems
-        known = {persona.id: persona for persona in self._library}
         return [
             wire.PersonaInfo(
                 id=persona_id,
-                display_name=known[persona_id].display_name if persona_id in known else persona_id,
-                adapter=known[persona_id].adapter_name if persona_id in known else None,
+                display_name=self._library.name_of(persona_id),
+                adapter=usable[persona_id].adapter_name if persona_id in usable else None,
                 error=error_info(problems.get(persona_id)),
             )
-            for persona_id in sorted({*known, *problems})
+            for persona_id in sorted({*usable, *problems})
         ]
 
     def _close(self, code: int, reason: str) -> list[Effect]:

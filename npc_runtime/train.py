@@ -21,7 +21,7 @@ from npc_runtime.engine.tokenizer import ChatTokenizer
 from npc_runtime.errors import PersonaInvalid, StartupError
 from npc_runtime.persona import Persona
 
-__all__ = ["Epoch", "Recipe", "train_persona"]
+__all__ = ["Epoch", "Recipe", "measure_loss", "train_persona"]
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MIN_LINES = 20
@@ -67,7 +67,7 @@ def train_persona(
 ) -> list[Epoch]:
     """Train and write `<persona>/adapter`. Raises `PersonaInvalid` for missing or too few lines.
 
-    The folder is replaced only at the end, by the epoch with the lowest held-out loss.
+    The files are replaced only at the end, by those of the epoch with the lowest held-out loss.
     """
     try:
         import peft
@@ -91,6 +91,8 @@ def train_persona(
     model = peft.get_peft_model(model, config)
     with tempfile.TemporaryDirectory(dir=persona.folder) as name:
         epochs = list(_epochs(model, train, heldout, recipe, Path(name), on_step))
+        if not any(epoch.kept for epoch in epochs):
+            raise StartupError("The loss was never a number.", "Look for odd lines, or lower the learning rate.")
         _install(Path(name), persona.folder / "adapter", base_name, recipe, epochs)
     return epochs
 
@@ -185,8 +187,9 @@ def _read_examples(persona: Persona, name: str, tokenizer: ChatTokenizer) -> lis
             raise PersonaInvalid(f"{path}, line {number}: {error!r}.", "Each line needs player and npc.") from error
         prompt = list(tokenizer.render(persona.messages([], player)).token_ids)
         examples.append((prompt, tokenizer.encode_reply(npc)))
-    if name == "lines.jsonl" and len(examples) < MIN_LINES:
-        raise PersonaInvalid(f"{path} has {len(examples)} lines.", f"At least {MIN_LINES}; better 100 to 200.")
+    needed = MIN_LINES if name == "lines.jsonl" else 1
+    if len(examples) < needed:
+        raise PersonaInvalid(f"{path} has {len(examples)} lines.", f"At least {needed}; better 100, and 16 held out.")
     return examples
 
 
@@ -204,9 +207,13 @@ def _save_bfloat16(model: Any, target: Path) -> None:
 def _install(source: Path, target: Path, base_name: str, recipe: Recipe, epochs: list[Epoch]) -> None:
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base_name  # PEFT writes the machine's own path here
-    target.mkdir(exist_ok=True)
-    (source / "adapter_model.safetensors").replace(target / "adapter_model.safetensors")
-    text = json.dumps(config, indent=2, sort_keys=True)
-    (target / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    _write_json(source / "adapter_config.json", config)
     log = {"recipe": asdict(recipe), "base": base_name, "epochs": [asdict(epoch) for epoch in epochs]}
-    (target / "training.json").write_text(json.dumps(log, indent=2) + "\n", encoding="utf-8")
+    _write_json(source / "training.json", log)
+    target.mkdir(exist_ok=True)
+    for name in ("adapter_config.json", "training.json", "adapter_model.safetensors"):
+        (source / name).replace(target / name)
+
+
+def _write_json(path: Path, document: Any) -> None:
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -19,6 +19,10 @@ MS = float(os.environ.get("NPC_TEST_MS", "0.001"))
 """Seconds in a test's millisecond; raise it on a slow machine."""
 
 
+RUNTIME_FOLDER = tempfile.TemporaryDirectory(prefix="npc-tests-")
+"""Where the tests' daemons write their runtime files, instead of the user's own folder."""
+
+
 @pytest.fixture(scope="session")
 def base_folder():
     from npc_runtime.engine.embedded import ensure_embedded_base
@@ -65,7 +69,7 @@ def start_daemon(*options, env=None, cwd=None):
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
-        env={**os.environ, **(env or {})},
+        env={**os.environ, "XDG_RUNTIME_DIR": RUNTIME_FOLDER.name, **(env or {})},
         cwd=cwd,
     )
     line = process.stdout.readline()

@@ -1,5 +1,6 @@
 """Adapters from disk: every PEFT variant that is applied, every one that is refused, and every kind of garbage."""
 
+import contextlib
 import json
 import shutil
 
@@ -140,6 +141,16 @@ def make_huge_rank(tensors):
     tensors[first_of(tensors, "q_proj.lora_A.weight")] = torch.zeros(512, 48)
 
 
+def empty_pair(tensors):
+    tensors[first_of(tensors, "q_proj.lora_A.weight")] = torch.zeros(0, 48)
+    tensors[first_of(tensors, "q_proj.lora_B.weight")] = torch.zeros(64, 0)
+
+
+def narrow(tensors):
+    name = first_of(tensors, "q_proj.lora_A.weight")
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
 def truncate(folder):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -179,11 +190,24 @@ BAD = {
         r"o_proj.* \(8, 65\).* made for 'base'",
     ),
     "more layers": (edit_tensors(add_layer), AdapterIncompatible, "layer 7, but this base has 3"),
-    "rank 512": (edit_tensors(make_huge_rank), AdapterIncompatible, "rank 512, more than 64"),
+    "rank 512": (edit_tensors(make_huge_rank), AdapterIncompatible, "rank 512, not 1 to 64"),
     "empty": (edit_tensors(lambda tensors: tensors.clear()), AdapterIncompatible, "no LoRA tensors"),
-    "DoRA": (edit_config(use_dora=True), AdapterIncompatible, "DoRA"),
+    "DoRA": (edit_config(use_dora=True), AdapterIncompatible, "use_dora"),
     "bias": (edit_config(bias="all"), AdapterIncompatible, "bias"),
     "saved modules": (edit_config(modules_to_save=["lm_head"]), AdapterIncompatible, "modules_to_save"),
+    "alpha is text": (edit_config(lora_alpha="abc"), AdapterIncompatible, "lora_alpha"),
+    "alpha is null": (edit_config(lora_alpha=None), AdapterIncompatible, "lora_alpha"),
+    "alpha is infinite": (edit_config(lora_alpha=float("inf")), AdapterIncompatible, "do not fit"),
+    "alpha is no number": (edit_config(lora_alpha=float("nan")), AdapterIncompatible, "do not fit"),
+    "alpha is absurd": (edit_config(lora_alpha=1e300), AdapterIncompatible, "do not fit"),
+    "bad pattern": (edit_config(alpha_pattern={"(q_proj": 3}), AdapterIncompatible, "alpha_pattern"),
+    "pattern is a list": (edit_config(alpha_pattern=["q_proj"]), AdapterIncompatible, "alpha_pattern"),
+    "rsLoRA is text": (edit_config(use_rslora="false"), AdapterIncompatible, "use_rslora"),
+    "rank 0": (edit_tensors(empty_pair), AdapterIncompatible, "rank 0"),
+    "float8": (edit_tensors(narrow), AdapterIncompatible, "type F8_E4M3"),
+    "PiSSA": (edit_config(init_lora_weights="pissa_niter_4"), AdapterIncompatible, "pissa"),
+    "KaSA": (edit_config(kasa_config={"beta": 1}), AdapterIncompatible, "kasa_config"),
+    "parameters": (edit_config(target_parameters=["mlp.experts"]), AdapterIncompatible, "target_parameters"),
     "not LoRA": (edit_config(peft_type="IA3"), AdapterIncompatible, "peft_type IA3"),
 }
 
@@ -215,6 +239,18 @@ def test_random_changes_of_a_file_never_crash_the_reader(adapter, shape):
         except (AdapterIncompatible, AdapterMissing):
             refused += 1
     assert refused > 100
+
+
+def test_random_configs_never_crash_the_reader(adapter, shape):
+    """Every known key with every odd value: loaded, or refused with one of our errors."""
+    path = adapter / "adapter_config.json"
+    sound = json.loads(path.read_text())
+    odd = [None, True, "", "x", "none", -1, 0, 1e308, [], ["a"], {}, {"a": 1}, {"": None}, [[1]]]
+    for key in [*sound, "unknown_key"]:
+        for value in odd:
+            path.write_text(json.dumps({**sound, key: value}))
+            with contextlib.suppress(AdapterIncompatible):
+                load(adapter, shape)
 
 
 def make_store(shape, folders, max_pages):

@@ -59,6 +59,23 @@ def test_demo_says_why_the_daemon_did_not_start(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("text", [" ", "a" * 8_001])
+def test_demo_says_why_a_line_was_rejected(text):
+    done = run("demo", "--text", text)
+    assert done.returncode == 1
+    assert "input.text" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_output_is_utf8_whatever_the_locale(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "npc_runtime", "persona", "render", "odo", "--text", "你好 🜁", "--json"],
+        capture_output=True,
+    )
+    assert "你好 🜁" in json.loads(done.stdout.decode("utf-8"))["prompt"]
+
+
 def test_render_gives_the_prompt_the_daemon_uses(float_base):
     """The token ids are those of the chat template, applied by transformers alone."""
     from transformers import AutoTokenizer

@@ -4,11 +4,14 @@ import asyncio
 import json
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import msgpack
 import pytest
 from conftest import MS
+from tiny import make_adapter, make_model
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -294,6 +297,33 @@ async def test_vanishing_clients_leave_nothing_behind(daemon):
         )
 
 
+async def test_a_batch_that_nobody_reads_does_not_hold_up_the_clients_end(daemon, monkeypatch):
+    monkeypatch.setattr("npc_runtime.client.MAX_BATCH_EVENTS", 2)
+    async with asyncio.timeout(5_000 * MS):
+        async with await Client.connect(daemon.url, token=daemon.token) as client:
+            await client.generate([line(n) for n in range(8)])
+            await asyncio.sleep(1_000 * MS)
+
+
+async def test_a_lost_connection_ends_a_batch_with_the_reason(daemon):
+    async with await Client.connect(daemon.url, token=daemon.token) as client:
+        batch = await client.generate([line(1, sampling={"trim": "none", "max_tokens": 500, "min_tokens": 500})])
+        events = aiter(batch)
+        assert type(await anext(events)).__name__ == "LineStart"
+        client._socket.transport.abort()
+        with pytest.raises(DisconnectedError, match="lost"):
+            [event async for event in events]
+
+
+async def test_a_failed_generate_leaves_its_id_free(daemon):
+    async with await Client.connect(daemon.url, token=daemon.token) as client:
+        with pytest.raises(ValueError, match="at least 1"):
+            await client.generate([], batch="b")
+        batch = await client.generate([line(1)], batch="b")
+        assert [type(event).__name__ async for event in batch][-1] == "BatchEnd"
+        assert [event async for event in batch] == []
+
+
 async def test_the_python_client_says_what_is_wrong(daemon):
     with pytest.raises(DisconnectedError, match=r"4401.*token is wrong"):
         await Client.connect(daemon.url, token="wrong")
@@ -327,6 +357,70 @@ async def stop_while_speaking(daemon, number):
     assert "Traceback" not in daemon.read_log()
 
 
+def test_a_client_that_does_not_read_cannot_delay_the_stop(make_daemon):
+    """A frozen game: its socket is open, its loop stands still, and 20 lines stream at it."""
+    daemon = make_daemon("--personas", str(shipped_personas()))
+    code = f"""
+import json, socket, time
+from websockets.sync.client import connect
+ws = connect({daemon.url!r}, subprotocols=["npc.v1.json"], compression=None).__enter__()
+ws.send(json.dumps({{"type": "hello", "protocol": 1, "token": {daemon.token!r}}}))
+ws.recv()
+lines = [{{"line": n, "persona": "odo", "input": {{"text": "Hi."}}, "sampling": {{"trim": "none", "max_tokens": 500}}}}
+         for n in range(20)]
+ws.send(json.dumps({{"type": "generate", "batch": 1, "lines": lines}}))
+ws.recv()
+import os, signal
+print("frozen", flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+    game = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert game.stdout.readline() == "frozen\n"
+        time.sleep(300 * MS)
+        started = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - started < 2.0
+    finally:
+        game.kill()
+        game.wait()
+        game.stdout.close()
+    assert "Traceback" not in daemon.read_log()
+
+
+def test_the_first_line_goes_to_stdout_from_a_terminal_too(make_persona, tmp_path):
+    """stderr is a terminal, so that progress bars are drawn; stdout is the spawner's pipe."""
+    import os
+    import pty
+
+    make_persona("guard")
+    ours, theirs = pty.openpty()
+    options = ["--port", "0", "--personas", str(tmp_path / "personas")]
+    command = [sys.executable, "-P", "-m", "npc_runtime", "serve", *options]
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment) as process:
+        assert json.loads(process.stdout.readline())["port"]
+        process.terminate()
+        assert process.wait(10_000 * MS) == 0
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "loading smollm2-135m" in shown
+    assert "token" not in shown.split("Ctrl-C")[0].replace("token and port", "")
+
+
+def test_a_signal_during_loading_is_quiet(make_persona, tmp_path):
+    make_persona("guard")
+    command = [sys.executable, "-P", "-m", "npc_runtime", "serve", "--port", "0", "--personas", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(1_200 * MS)
+        process.terminate()
+        out, err = process.communicate(timeout=2_000 * MS)
+    assert process.returncode == 0
+    assert out == ""
+    assert "Traceback" not in err
+
+
 def test_a_busy_port_says_so(make_daemon, make_persona, tmp_path):
     make_persona("guard")
     with socket.socket() as taken:
@@ -348,8 +442,6 @@ def test_broken_personas_do_not_take_the_daemon_along(make_daemon, make_persona,
     foreign = make_persona("foreign", adapter="adapter")
     corrupt = make_persona("corrupt", adapter="adapter")
     make_persona("odd", temper=3)
-    from tiny import make_adapter, make_model
-
     make_adapter(make_model("llama", tmp_path / "other"), foreign / "adapter", name="other-base")
     (corrupt / "adapter").mkdir()
     (corrupt / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}')
@@ -389,6 +481,9 @@ def test_no_auth_is_for_loopback_only(make_daemon):
         (lambda path: write_config(path, "GPTNeoXForCausalLM"), "GPTNeoXForCausalLM is not supported"),
         (lambda path: write_config(path, "LlamaForCausalLM"), "has no *.safetensors"),
         (lambda path: write_config(path, "LlamaForCausalLM", b"\x00" * 99), "cannot be read"),
+        (lambda path: write_config(path, "LlamaForCausalLM", hidden_size="x"), "cannot be read"),
+        (lambda path: write_config(path, "Qwen3ForCausalLM", quantization_config={"quant_method": "fp8"}), "quantized"),
+        (lambda path: make_model("llama", path), "tokenizer.json"),
     ],
 )
 def test_a_base_that_is_no_model_is_refused(make_daemon, tmp_path, make, message):
@@ -399,9 +494,10 @@ def test_a_base_that_is_no_model_is_refused(make_daemon, tmp_path, make, message
     assert "Traceback" not in daemon.read_log()
 
 
-def write_config(path, architecture, weights=None):
+def write_config(path, architecture, weights=None, **fields):
     path.mkdir()
-    (path / "config.json").write_text(json.dumps({"architectures": [architecture], "model_type": "llama"}))
+    config = {"architectures": [architecture], "model_type": "llama", **fields}
+    (path / "config.json").write_text(json.dumps(config))
     if weights is not None:
         (path / "model.safetensors").write_bytes(weights)
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -64,9 +65,12 @@ def test_a_conversion_that_is_killed_is_not_a_model(monkeypatch, tmp_path):
     assert len(left) == 1
     assert left[0].startswith("making-")
     monkeypatch.setenv("NPC_RUNTIME_CACHE", str(tmp_path))
+    old = time.time() - 2 * embedded.STALE_S
+    os.utime(tmp_path / "bases" / left[0], (old, old))
     seen = []
     folder = embedded.ensure_embedded_base(lambda label, fraction: seen.append((label, fraction)))
     assert (folder / "model.safetensors").stat().st_size > 500_000_000
+    assert [path.name for path in (tmp_path / "bases").iterdir()] == [folder.name]
     labels = [label for label, _ in seen]
     assert labels.index("converting smollm2-135m") > labels.index("downloading smollm2-135m")
     for label in set(labels):

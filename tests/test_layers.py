@@ -36,7 +36,6 @@ LAYERS = [
     "npc_runtime.engine.model",
     "npc_runtime.engine.peft_folder",
     "npc_runtime.engine.adapters",
-    "npc_runtime.engine.checks",
     "npc_runtime.engine.sampler",
     "npc_runtime.engine.runner",
     "npc_runtime.engine.engine",
@@ -60,6 +59,7 @@ WITHOUT_TORCH = [
     "npc_runtime.session",
     "npc_runtime.discovery",
     "npc_runtime.client",
+    "npc_runtime.console",
     "npc_runtime.cli",
     "npc_runtime.demo",
     "npc_runtime.engine.core",
@@ -121,8 +121,7 @@ def test_the_engine_needs_little_when_it_is_imported(name):
     allowed = ENGINE_MAY_IMPORT | ({"npc_runtime"} if "engine" in name else set())
     assert outside <= allowed
     ours = {m for m in imported(SOURCES[name]) if m.startswith("npc_runtime.") and m in LAYERS}
-    if name != "npc_runtime.engine.checks":  # serves the command line, not a bare GPU machine
-        assert all(m == "npc_runtime.errors" or m.startswith("npc_runtime.engine") for m in ours)
+    assert all(m == "npc_runtime.errors" or m.startswith("npc_runtime.engine") for m in ours)
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
@@ -148,6 +147,11 @@ def test_public_names_are_listed_and_true(name):
     module = importlib.import_module(name)
     listed = getattr(module, "__all__", [])
     assert listed == sorted(listed, key=sort_key)
+    body = ast.parse(SOURCES[name].read_text(encoding="utf-8")).body
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    public = {node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")}
+    commands = {"serve", "demo", "persona_list", "persona_check", "persona_render", "train", "DType"}
+    assert public - set(listed) <= (commands if name == "npc_runtime.cli" else set())
     for public in listed:
         assert hasattr(module, public)
 

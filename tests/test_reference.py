@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from npc_kernels import cpu, reference
-from npc_kernels.batch import BatchMetadata, LoraSpan
+from npc_kernels.batch import BatchMetadata, LoraSpan, PrefillRow
 
 
 @pytest.fixture(params=[reference, cpu], ids=["reference", "cpu"])
@@ -44,35 +44,36 @@ def test_rope_rotates_pairs_by_their_angle(kernels):
     torch.testing.assert_close(got, torch.cat((pairs.real, pairs.imag), dim=-1))
 
 
-def slot_index(tables, block_size, kv_heads):
-    slots = [[block * block_size + offset for block in table for offset in range(block_size)] for table in tables]
-    return torch.tensor([[[slot * kv_heads + head for slot in row] for head in range(kv_heads)] for row in slots])
-
-
-def make_batch(rows, tables, block_size, kv_heads, dtype):
-    """Metadata of rows given as (start, stop), built the slow way."""
+def make_batch(rows, tables, block_size, dtype):
+    """Metadata of rows given as (start, stop), those of one token first, built the slow way."""
     tokens = [(row, position) for row, (start, stop) in enumerate(rows) for position in range(start, stop)]
-    max_query = max(stop - start for start, stop in rows)
+
+    def slot(row, position):
+        return tables[row][position // block_size] * block_size + position % block_size
+
     firsts = [sum(stop - start for start, stop in rows[:row]) for row in range(len(rows))]
-    index = [
-        [firsts[row] + min(column, stop - start - 1) for column in range(max_query)]
-        for row, (start, stop) in enumerate(rows)
-    ]
-    positions = torch.tensor([position for _, position in tokens])
-    query_index = torch.tensor(index)
-    seen = torch.arange(len(tables[0]) * block_size)
+    num_decode = sum(stop - start == 1 for start, stop in rows)
+    longest = max([stop for _, stop in rows[:num_decode]], default=0)
+    bias = torch.zeros(num_decode, longest, dtype=dtype)
+    for row in range(num_decode):
+        bias[row, rows[row][1] :] = -torch.inf
     return BatchMetadata(
-        positions=positions,
-        kv_slots=torch.tensor([tables[row][p // block_size] * block_size + p % block_size for row, p in tokens]),
-        block_tables=torch.tensor(tables),
-        token_rows=torch.tensor([row for row, _ in tokens]),
-        token_columns=torch.tensor([position - rows[row][0] for row, position in tokens]),
-        query_index=query_index,
-        attention_mask=(seen <= positions[query_index][:, :, None])[:, None],
-        kv_index=(slots := slot_index(tables, block_size, kv_heads)),
-        decode_bias=torch.zeros(len(rows) * kv_heads, 1, slots.shape[2], dtype=dtype).masked_fill(
-            torch.tensor([[[p >= stop for p in range(slots.shape[2])]] for _, stop in rows for _ in range(kv_heads)]),
-            -torch.inf,
+        positions=torch.tensor([position for _, position in tokens]),
+        kv_slots=torch.tensor([slot(row, position) for row, position in tokens]),
+        num_decode=num_decode,
+        decode_slots=torch.tensor(
+            [[slot(row, min(p, rows[row][1] - 1)) for p in range(longest)] for row in range(num_decode)]
+        ),
+        decode_bias=bias,
+        prefill=tuple(
+            PrefillRow(
+                start=firsts[row],
+                stop=firsts[row] + stop - start,
+                kv_slots=torch.tensor([slot(row, position) for position in range(stop)]),
+                mask=torch.tensor([[seen <= position for seen in range(stop)] for position in range(start, stop)]),
+            )
+            for row, (start, stop) in enumerate(rows)
+            if row >= num_decode
         ),
         last_tokens=torch.tensor([firsts[row] + stop - start - 1 for row, (start, stop) in enumerate(rows)]),
         lora=None,
@@ -85,7 +86,7 @@ def test_paged_attention_is_causal_attention_of_each_row(rows, dtype, tolerance,
     """Decode, a chunk in the middle of a prompt, and a whole prompt, in one batch; NaN in blocks of nobody."""
     heads, kv_heads, size, block_size = 6, 2, 8, 4
     tables = [[3, 1], [0, 5], [2, 2]]
-    batch = make_batch(rows, tables, block_size, kv_heads, dtype)
+    batch = make_batch(rows, tables, block_size, dtype)
     k_cache = torch.zeros(7, block_size, kv_heads, size, dtype=dtype)
     v_cache = torch.zeros_like(k_cache)
     k_cache[4], v_cache[6] = float("nan"), float("nan")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from npc_runtime.engine.tokenizer import ChatTokenizer, IncrementalText
-from npc_runtime.errors import StartupError
+from npc_runtime.errors import InvalidError, StartupError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -39,7 +39,19 @@ def test_a_template_without_system_role_gets_it_in_the_first_turn(make_folder):
 
 def test_a_base_without_a_template_gets_a_plain_one(make_folder):
     prompt = ChatTokenizer(make_folder(None)).render(MESSAGES)
-    assert prompt.text == "You are Odo.\nPlayer: Hi\nReply:"
+    assert prompt.text == "<|im_start|>You are Odo.\nPlayer: Hi\nReply:"  # which is this tokenizer's BOS
+
+
+def test_messages_that_the_template_refuses_are_the_callers_mistake(make_folder):
+    tokenizer = ChatTokenizer(make_folder("{{ raise_exception('roles must alternate') }}"))
+    with pytest.raises(InvalidError, match="roles must alternate"):
+        tokenizer.render(MESSAGES)
+
+
+def test_a_base_that_can_think_aloud_is_told_not_to(make_folder):
+    """Qwen3 and SmolLM3 think unless the template is rendered with enable_thinking false."""
+    thinks = CHATML + "{% if enable_thinking is undefined or enable_thinking %}<think>{% else %}/no_think{% endif %}"
+    assert ChatTokenizer(make_folder(thinks)).render(MESSAGES).text.endswith("/no_think")
 
 
 def test_end_tokens_of_all_files_count(make_folder):

@@ -6,14 +6,13 @@ All tensors are on the device of the model.
 A worked example. Two lines share a step, KV blocks hold 4 tokens. Row 0 decodes its 6th token, row 1 prefills
 a prompt of 3 tokens; row 0 wears an adapter on page 5, row 1 one of rank 24 on pages 2 and 7:
 
-    token                    0        1   2   3
-    row                      0        1   1   1          token_rows
-    column within its row    0        0   1   2          token_columns
+    token                    0        1   2   3          rows with one token come first
+    row                      0        1   1   1
     position                 5        0   1   2          positions
-    block table of row 0     [3, 1]   row 1  [2, 2]      block_tables (padded by repeating a valid block)
+    blocks                   3, 1     2
     KV slot                  1*4+1=5  8   9   10         kv_slots
-    tokens in the KV         6        3                  the mask lets row 0 see 6 slots, row 1 up to 3
-    query_index              [[0, 0, 0], [1, 2, 3]]      padded by repeating the row's first token
+    decode rows              1 of them, its 8 slots 12 13 14 15 4 5 6 7 in decode_slots, the last 2 not to be seen
+    prefill rows             tokens 1 to 3, their slots 8 9 10, token i seeing the first i + 1
     live adapter pages       [2, 5, 7]
     lora.mask                token 0: 0 1 0   tokens 1-3: 1 0 1
     last_tokens              [0, 3]                      the tokens whose logits are wanted
@@ -24,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["PAGE_RANK", "BatchMetadata", "LoraBatch", "LoraSpan"]
+__all__ = ["PAGE_RANK", "BatchMetadata", "LoraBatch", "LoraSpan", "PrefillRow"]
 
 PAGE_RANK = 16
 """Ranks in one adapter page."""
@@ -67,17 +66,24 @@ class LoraBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefillRow:
+    """A row with several tokens: the step's tokens `[start, stop)`, and what each may see."""
+
+    start: int
+    stop: int
+    kv_slots: Tensor  # (num_seen,) int64: slots of all tokens of the row so far
+    mask: Tensor  # (stop - start, num_seen) bool, True = may be seen
+
+
+@dataclass(frozen=True, slots=True)
 class BatchMetadata:
     """Everything about the step's rows that is not a hidden state; see the example above."""
 
     positions: Tensor  # (num_tokens,) int64
-    kv_slots: Tensor  # (num_tokens,) int64, block * block_size + offset
-    block_tables: Tensor  # (num_rows, max_blocks) int64
-    token_rows: Tensor  # (num_tokens,) int64
-    token_columns: Tensor  # (num_tokens,) int64
-    query_index: Tensor  # (num_rows, max_query) int64
-    attention_mask: Tensor  # (num_rows, 1, max_query, max_blocks * block_size) bool, True = may be seen
-    kv_index: Tensor  # (num_rows, num_kv_heads, max_blocks * block_size) int64, kv slot * num_kv_heads + head
-    decode_bias: Tensor  # (num_rows * num_kv_heads, 1, max_blocks * block_size), 0 or -inf: the last query's mask
+    kv_slots: Tensor  # (num_tokens,) int64, block * block_size + offset: where each token's key and value go
+    num_decode: int  # rows with one token; their tokens are the step's first ones
+    decode_slots: Tensor  # (num_decode, max_seen) int64, padded with slots that the bias hides
+    decode_bias: Tensor  # (num_decode, max_seen), 0 where a slot may be seen, -inf elsewhere
+    prefill: tuple[PrefillRow, ...]
     last_tokens: Tensor  # (num_sampled,) int64
     lora: LoraBatch | None  # None: no row of the step wears an adapter

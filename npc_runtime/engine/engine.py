@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,13 +33,11 @@ from npc_runtime.engine.runner import Runner
 from npc_runtime.engine.sampler import sample
 from npc_runtime.engine.scheduler import PlannedRow, Scheduler
 from npc_runtime.engine.tokenizer import ChatTokenizer
-from npc_runtime.errors import InternalError, OutOfMemory, WireError
+from npc_runtime.errors import InternalError, OutOfMemory, OverloadError, WireError
 
 __all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
-
-JOIN_TIMEOUT_S = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +61,18 @@ class Engine:
         config: EngineConfig,
         *,
         on_step: Callable[[StepOutput], None],
+        on_death: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`on_death` is called, on the engine thread, if the thread ends by a defect instead of by `close`."""
         self._tokenizer = tokenizer
         self._adapters = adapters
         self._scheduler = Scheduler(config)
         self._runner = Runner(decoder, adapters, config)
         self._texts: dict[int, LineText] = {}
         self._on_step = on_step
+        self._on_death = on_death
+        self.has_died = False  # the thread ended by a defect; nothing is generated any more
         self._clock = clock
         self._commands: queue.SimpleQueue[_Submit | _Cancel | None] = queue.SimpleQueue()
         self._recent: deque[tuple[float, float, int]] = deque(maxlen=64)  # start, end, tokens of a step
@@ -90,11 +92,11 @@ class Engine:
         """End these lines before the next step; ids that are over already are ignored."""
         self._commands.put(_Cancel(frozenset(ids)))
 
-    def close(self) -> None:
-        """End every line as cancelled and stop the thread, waiting at most for one step."""
+    def close(self, timeout_s: float) -> None:
+        """End every line as cancelled and stop the thread; it finishes the step it is in, if that is soon."""
         self._commands.put(None)
         if self._thread.is_alive():
-            self._thread.join(JOIN_TIMEOUT_S)
+            self._thread.join(timeout_s)
 
     def stats(self) -> EngineStats:
         """A snapshot, taken without stopping the engine."""
@@ -118,17 +120,18 @@ class Engine:
 
         Only the engine thread, or a test without one, calls this.
         """
-        events = self._take_commands(wait)
-        events += [self._ended(s, EndReason.DEADLINE) for s in self._scheduler.remove_expired(self._clock())]
-        rows = self._scheduler.plan(self._clock(), self._admit, self._leave)
-        groups = frozenset(row.sequence.request.group for row in rows)
-        if rows:
-            try:
-                events += self._run_rows(rows)
-            except Exception as error:  # a defect or a full device must not take the daemon along
-                logger.exception("a step of %d rows failed", len(rows))
-                events += self._fail_running(error)
-                groups = frozenset()
+        events: list[Event] = []
+        groups: frozenset[Hashable] = frozenset()
+        try:
+            self._take_commands(wait, events)
+            events += [self._ended(s, EndReason.DEADLINE) for s in self._scheduler.remove_expired(self._clock())]
+            rows = self._scheduler.plan(self._clock(), self._admit, self._leave)
+            if rows:
+                self._run_rows(rows, events)
+                groups = frozenset(row.sequence.request.group for row in rows)
+        except Exception as error:  # a defect or a full device must not take the daemon along
+            logger.exception("a step failed")
+            events += self._fail(error)
         if events or groups:
             self._on_step(StepOutput(tuple(events), groups))
 
@@ -138,13 +141,17 @@ class Engine:
         self._adapters.check_integrity()
 
     def _run(self) -> None:
-        while not self._closing:
-            self.step(wait=not self._scheduler.has_work)
-        ended = [self._ended(sequence, EndReason.CANCELLED) for sequence in self._scheduler.remove_all()]
-        self._on_step(StepOutput(tuple(ended)))
+        try:
+            while not self._closing:
+                self.step(wait=not self._scheduler.has_work)
+            ended = [self._ended(sequence, EndReason.CANCELLED) for sequence in self._scheduler.remove_all()]
+            self._on_step(StepOutput(tuple(ended)))
+        except BaseException:
+            logger.critical("the engine thread died", exc_info=True)
+            self.has_died = True
+            self._on_death()
 
-    def _take_commands(self, wait: bool) -> list[Event]:
-        events: list[Event] = []
+    def _take_commands(self, wait: bool, events: list[Event]) -> None:
         while wait or not self._commands.empty():
             command = self._commands.get()
             wait = False
@@ -154,8 +161,8 @@ class Engine:
                 removed = self._scheduler.remove(command.ids)
                 events += [self._ended(sequence, EndReason.CANCELLED) for sequence in removed]
             else:
-                events += [event for request in command.requests for event in self._add(request)]
-        return events
+                for request in command.requests:
+                    events += self._add(request)
 
     def _add(self, request: Request) -> list[Event]:
         if request.adapter is not None:
@@ -163,7 +170,8 @@ class Engine:
         try:
             self._scheduler.add(request)
         except WireError as error:
-            return [Ended(request.id, EndReason.ERROR, num_prompt=len(request.prompt_ids), error=error)]
+            reason = EndReason.OVERLOAD if isinstance(error, OverloadError) else EndReason.ERROR
+            return [Ended(request.id, reason, num_prompt=len(request.prompt_ids), error=error)]
         self._texts[request.id] = LineText(self._tokenizer, request.sampling)
         return []
 
@@ -177,23 +185,30 @@ class Engine:
             self._adapters.release(sequence.request.adapter)
         sequence.is_admitted = False
 
-    def _run_rows(self, rows: list[PlannedRow]) -> list[Event]:
+    def _run_rows(self, rows: list[PlannedRow], events: list[Event]) -> None:
         started_at = self._clock()
         new = [row.sequence for row in rows if row.sequence.started_at is None]
-        events = [self._started(sequence, started_at, len(rows)) for sequence in new]
+        events += [self._started(sequence, started_at, len(rows)) for sequence in new]
         logits = self._runner.forward(rows)
         sampling = [row.sequence for row in rows if row.samples]
+        is_sound = torch.isfinite(logits.amax(dim=-1)).tolist()
         tokens = sample(logits, sampling, self._tokenizer.eos_ids)
         now = self._clock()
         self._scheduler.computed(rows)
         for row in rows:
             row.sequence.num_steps += 1
             row.sequence.sum_rows += len(rows)
-        for sequence, token in zip(sampling, tokens, strict=True):
-            events += self._say(sequence, token, now)
         self._recent.append((started_at, now, len(tokens)))
         self._num_generated += len(tokens)
-        return events
+        for sequence, token, sound in zip(sampling, tokens, is_sound, strict=True):
+            try:
+                if not sound:
+                    raise _overflow(sequence)
+                events += self._say(sequence, token, now)
+            except Exception as error:  # of this line's text alone; its neighbours go on
+                logger.exception("a line's text failed")
+                self._scheduler.remove([sequence.request.id])
+                events.append(self._ended(sequence, EndReason.ERROR, _as_wire(error)))
 
     def _started(self, sequence: Sequence, now: float, num_rows: int) -> Event:
         sequence.started_at = now
@@ -236,12 +251,23 @@ class Engine:
             error=error,
         )
 
-    def _fail_running(self, error: Exception) -> list[Event]:
-        wire: WireError
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-            wire = OutOfMemory("The device ran out of memory in a step.", "Send fewer lines at once.")
-        else:
-            wire = InternalError("A step of the engine failed.", "The daemon's log has the details; report it.")
+    def _fail(self, error: Exception) -> list[Event]:
+        """End what ran in the failed step; if nothing did, what waits is the trouble, and all of it ends."""
         self._scheduler.blocks.forget_all()
-        failed = self._scheduler.remove([sequence.request.id for sequence in self._scheduler.running])
-        return [self._ended(sequence, EndReason.ERROR, wire) for sequence in failed]
+        failed = [sequence.request.id for sequence in self._scheduler.running or self._scheduler.waiting]
+        return [self._ended(s, EndReason.ERROR, _as_wire(error)) for s in self._scheduler.remove(failed)]
+
+
+def _overflow(sequence: Sequence) -> WireError:
+    adapter = sequence.request.adapter
+    what = f"the adapter of {adapter}" if adapter else "the base"
+    return InternalError(f"The numbers of {what} overflowed.", "It is damaged or diverged in training; replace it.")
+
+
+def _as_wire(error: Exception) -> WireError:
+    """What a client is told of an unexpected error; the log has the rest."""
+    if isinstance(error, WireError):
+        return error
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return OutOfMemory("The device ran out of memory in a step.", "Send fewer lines at once.")
+    return InternalError("A step of the engine failed.", "The daemon's log has the details; report it.")

@@ -187,10 +187,11 @@ class Decoder:
         ]
         self._norm = weights.take("model.norm.weight", self.shape.hidden)
         head = "lm_head.weight"
-        is_tied = config.tie_word_embeddings or not weights.has(head)
+        is_tied = bool(config.tie_word_embeddings)
         self.head = kernels.Linear(
             self.embedding if is_tied else weights.take(head, self.shape.vocab, self.shape.hidden)
         )
+        weights.check_empty(ignored=head if is_tied else None)
         self._cos, self._sin = _rope_tables(config, self.shape, self.embedding.device)
 
     @property
@@ -275,6 +276,15 @@ class _Weights:
                 "Configuration and weights are of different models; fetch the model again.",
             )
         return tensor
+
+    def check_empty(self, *, ignored: str | None) -> None:
+        """Raise for tensors that nobody took: a bias or a scale that is left out would change every word."""
+        left = [name for name in self._tensors if name != ignored and not name.endswith("rotary_emb.inv_freq")]
+        if left:
+            raise StartupError(
+                f"The base has tensors that this program does not use ({', '.join(left[:3])}).",
+                "It is a variant that is not supported yet.",
+            )
 
     def take_optional(self, name: str, *shape: int) -> Tensor | None:
         return self.take(name, *shape) if self.has(name) else None

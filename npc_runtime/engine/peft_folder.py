@@ -22,6 +22,23 @@ __all__ = ["MAX_RANK", "AdapterPages", "load_peft_folder"]
 
 MAX_RANK = 64
 
+HINT = "Train a plain LoRA or rsLoRA on the seven linears."
+REFUSED = frozenset(
+    (
+        "bias",
+        "lora_bias",
+        "modules_to_save",
+        "trainable_token_indices",
+        "target_parameters",
+        "fan_in_fan_out",
+        "layer_replication",
+        "alora_invocation_tokens",
+    )
+)
+HARMLESS = frozenset(["use_rslora", "eva_config", "megatron_config", "runtime_config"])
+BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+FLOAT_TYPES = ("F16", "BF16", "F32", "F64")
+
 _TENSOR = re.compile(
     r"base_model\.model\.model\.layers\.(?P<layer>\d+)\.(?P<module>(?:self_attn|mlp)\.(?P<linear>\w+_proj))"
     r"\.lora_(?P<side>[AB])(?:\.default)?\.weight"
@@ -56,7 +73,7 @@ def load_peft_folder(
     """
     config_path, weights_path = _find_files(folder)
     config = _read_config(config_path)
-    scaling = _Scaling(config, scale)
+    scaling = _Scaling(config_path, config, scale)
     made_for = str(config.get("base_model_name_or_path"))
     try:
         pairs = _read_pairs(weights_path, shape, layout, made_for)
@@ -71,6 +88,11 @@ def load_peft_folder(
         group, index = _PLACES[module.split(".")[1]]
         factor = scaling.of(f"model.layers.{layer}.{module}", a.shape[0])
         _write_pair(pages, layout.layers[layer][group], index, a, b.float().T * factor)
+    if not torch.isfinite(pages).all():
+        raise AdapterIncompatible(
+            f"{weights_path}: its values times lora_alpha / r do not fit {dtype}.",
+            "Check lora_alpha, or train it again.",
+        )
     digest = hashlib.sha256(raw + config_path.read_bytes() + repr(scale).encode()).hexdigest()
     return AdapterPages(pages, rank, digest, made_for)
 
@@ -98,40 +120,41 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, AssertionError) as error:
         raise AdapterIncompatible(f"{path} is not a PEFT configuration ({error}).", "Export it again.") from error
     kind = str(config.get("peft_type")).upper()
-    refused = {
-        f"peft_type {kind}": kind != "LORA",
-        "DoRA (use_dora)": config.get("use_dora"),
-        "trained biases (bias)": config.get("bias", "none") != "none" or config.get("lora_bias"),
-        "fully trained modules (modules_to_save)": config.get("modules_to_save"),
-        "trained tokens (trainable_token_indices)": config.get("trainable_token_indices"),
-        "fan_in_fan_out": config.get("fan_in_fan_out"),
-        "layer_replication": config.get("layer_replication"),
-        "activated LoRA (alora_invocation_tokens)": config.get("alora_invocation_tokens"),
-    }
-    for what, is_used in refused.items():
-        if is_used:
-            raise AdapterIncompatible(
-                f"{path}: {what} is not supported.", "Train a plain LoRA or rsLoRA on the seven linears."
-            )
+    if kind != "LORA":
+        raise AdapterIncompatible(f"{path}: peft_type {kind} is not supported.", HINT)
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(BASE_CHANGING_STARTS):
+        raise AdapterIncompatible(
+            f"{path}: init_lora_weights '{start}' changes the base, which this adapter shares with all others.",
+            "Convert it to a plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion).",
+        )
+    for key, value in config.items():
+        is_option = key in REFUSED or key.startswith("use_") or key.endswith("_config")
+        if is_option and key not in HARMLESS and value not in (None, False, "none", [], {}):
+            raise AdapterIncompatible(f"{path}: {key} is not supported.", HINT)
     return config
 
 
 class _Scaling:
     """PEFT's scaling of each module: alpha / r, or alpha / sqrt(r) with rsLoRA (`LoraLayer.update_layer`)."""
 
-    def __init__(self, config: dict[str, Any], scale: float) -> None:
-        self._alpha = float(config.get("lora_alpha", 8))
-        self._pattern: dict[str, float] = config.get("alpha_pattern") or {}
-        self._rs = bool(config.get("use_rslora"))
+    def __init__(self, path: Path, config: dict[str, Any], scale: float) -> None:
+        pattern = config.get("alpha_pattern") or {}
+        try:
+            self._alpha = float(config.get("lora_alpha", 8))
+            # A pattern matches a whole name or its end behind a dot, as in peft.utils.get_pattern_key.
+            self._pattern = [(re.compile(rf"(.*\.)?({key})"), float(value)) for key, value in pattern.items()]
+        except (TypeError, ValueError, AttributeError, re.error) as error:
+            raise AdapterIncompatible(
+                f"{path}: lora_alpha or alpha_pattern cannot be read ({error}).", "Export it again."
+            ) from error
+        self._rs = config.get("use_rslora") or False
+        if not isinstance(self._rs, bool):
+            raise AdapterIncompatible(f"{path}: use_rslora is not true or false.", "Export it again.")
         self._scale = scale
 
     def of(self, module: str, rank: int) -> float:
-        alpha = self._alpha
-        for key, value in self._pattern.items():
-            # A pattern matches a whole name or its end behind a dot, as in peft.utils.get_pattern_key.
-            if re.fullmatch(rf"(.*\.)?({key})", module):
-                alpha = float(value)
-                break
+        alpha = next((value for pattern, value in self._pattern if pattern.fullmatch(module)), self._alpha)
         return self._scale * alpha / (math.sqrt(rank) if self._rs else rank)
 
 
@@ -151,7 +174,12 @@ def _read_pairs(path: Path, shape: ModelShape, layout: PageLayout, made_for: str
                         f"{path}: the tensor {name} is not one this engine applies.",
                         "Supported is LoRA on q, k, v, o, gate, up and down projections.",
                     )
-                _check_shape(path, name, match, tuple(file.get_slice(name).get_shape()), shape, layout, made_for)
+                part = file.get_slice(name)
+                _check_shape(path, name, match, tuple(part.get_shape()), shape, layout, made_for)
+                if part.get_dtype() not in FLOAT_TYPES:
+                    raise AdapterIncompatible(
+                        f"{path}: the tensor {name} is of type {part.get_dtype()}.", "Save it in bfloat16 or float32."
+                    )
                 tensor = file.get_tensor(name)
                 if not torch.isfinite(tensor).all():
                     raise AdapterIncompatible(
@@ -195,9 +223,9 @@ def _check_shape(
     if len(found) != 2 or found[axis] != size:
         wanted = f"(rank, {size})" if match["side"] == "A" else f"({size}, rank)"
         raise AdapterIncompatible(f"{path}: {name} has shape {found}, this base needs {wanted}.", hint)
-    if found[1 - axis] > MAX_RANK:
+    if not 1 <= found[1 - axis] <= MAX_RANK:
         raise AdapterIncompatible(
-            f"{path}: {name} has rank {found[1 - axis]}, more than {MAX_RANK}.", "Train it with a lower rank."
+            f"{path}: {name} has rank {found[1 - axis]}, not 1 to {MAX_RANK}.", "Train it with another rank."
         )
 
 

@@ -1,11 +1,12 @@
 """All device state: the KV cache, the batch metadata, and the one forward pass of a step."""
 
+import itertools
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from npc_kernels.batch import BatchMetadata, LoraBatch
+from npc_kernels.batch import BatchMetadata, LoraBatch, PrefillRow
 from torch import Tensor
 
 from npc_runtime.engine.adapters import AdapterStore
@@ -45,53 +46,44 @@ class Runner:
     @torch.inference_mode()
     def forward(self, rows: Rows[PlannedRow]) -> Tensor:  # (num_sampling_rows, vocab) float32
         """Run all rows in one forward pass; return the logits of those rows that sample, in order."""
-        token_ids = [token for row in rows for token in row.sequence.tokens(row.start, row.stop)]
-        batch = self._describe(rows)
+        order = sorted(range(len(rows)), key=lambda number: rows[number].num_tokens > 1)
+        ordered = [rows[number] for number in order]
+        token_ids = [token for row in ordered for token in row.sequence.tokens(row.start, row.stop)]
+        stops = dict(zip(order, itertools.accumulate(row.num_tokens for row in ordered), strict=True))
+        last_tokens = [stops[number] - 1 for number, row in enumerate(rows) if row.samples]
         self.num_forwards += 1
-        return self._decoder.forward(self._tensor(token_ids), batch, self._kv)
+        return self._decoder.forward(self._tensor(token_ids), self._describe(ordered, last_tokens), self._kv)
 
-    def _describe(self, rows: Rows[PlannedRow]) -> BatchMetadata:
-        """Build the metadata that `npc_kernels.batch` explains with an example."""
-        size = self._block_size
-        max_query = max(row.stop - row.start for row in rows)
-        max_blocks = max(-(-row.stop // size) for row in rows)
-        positions: list[int] = []
-        columns: list[int] = []
-        kv_slots, token_rows = [], []
-        tables, query_index, last_tokens = [], [], []
-        for number, row in enumerate(rows):
-            first = len(positions)
-            blocks = row.sequence.blocks
-            for position in range(row.start, row.stop):
-                positions.append(position)
-                kv_slots.append(blocks[position // size] * size + position % size)
-            length = row.stop - row.start
-            columns += range(length)
-            token_rows += [number] * length
-            query_index.append([*range(first, first + length), *[first] * (max_query - length)])
-            tables.append([*blocks[:max_blocks], *[blocks[0]] * (max_blocks - len(blocks))])
-            if row.samples:
-                last_tokens.append(first + length - 1)
-        where, queries, table = self._tensor(positions), self._tensor(query_index), self._tensor(tables)
-        seen = torch.arange(max_blocks * size, device=self._decoder.device)
-        mask = seen <= where[queries][:, :, None]  # (num_rows, max_query, max_blocks * size)
-        num_kv_heads = self._decoder.shape.num_kv_heads
-        slots = (table[:, :, None] * size + seen[:size]).flatten(1)
-        heads = torch.arange(num_kv_heads, device=self._decoder.device)
-        bias = torch.zeros(mask[:, -1:].shape, dtype=self._decoder.dtype, device=self._decoder.device)
+    def _describe(self, rows: Rows[PlannedRow], last_tokens: list[int]) -> BatchMetadata:
+        """Build the metadata that `npc_kernels.batch` explains with an example; rows of one token come first."""
+        decode = [row for row in rows if row.num_tokens == 1]
+        slots = [self._slots(row) for row in rows]
+        longest = max((row.stop for row in decode), default=0)
+        decode_slots = self._tensor([seen + seen[:1] * (longest - len(seen)) for seen in slots[: len(decode)]])
+        hidden = torch.arange(longest, device=self._decoder.device) >= self._tensor([[row.stop] for row in decode])
+        bias = torch.zeros(hidden.shape, dtype=self._decoder.dtype, device=self._decoder.device)
+        prefill, start = [], len(decode)
+        for row, seen in zip(rows[len(decode) :], slots[len(decode) :], strict=True):
+            positions = torch.arange(row.start, row.stop, device=self._decoder.device)
+            mask = torch.arange(row.stop, device=self._decoder.device) <= positions[:, None]
+            prefill.append(PrefillRow(start, start + row.num_tokens, self._tensor(seen), mask))
+            start += row.num_tokens
         return BatchMetadata(
-            positions=where,
-            kv_slots=self._tensor(kv_slots),
-            block_tables=table,
-            token_rows=self._tensor(token_rows),
-            token_columns=self._tensor(columns),
-            query_index=queries,
-            attention_mask=mask[:, None],
-            kv_index=slots[:, None] * num_kv_heads + heads[:, None],
-            decode_bias=bias.masked_fill_(~mask[:, -1:], -torch.inf).repeat_interleave(num_kv_heads, dim=0),
+            positions=self._tensor([position for row in rows for position in range(row.start, row.stop)]),
+            kv_slots=self._tensor([slot for row, seen in zip(rows, slots, strict=True) for slot in seen[row.start :]]),
+            num_decode=len(decode),
+            decode_slots=decode_slots,
+            decode_bias=bias.masked_fill_(hidden, -torch.inf),
+            prefill=tuple(prefill),
             last_tokens=self._tensor(last_tokens),
             lora=self._describe_adapters(rows),
         )
+
+    def _slots(self, row: PlannedRow) -> list[int]:
+        """KV slots of the row's tokens up to `stop`."""
+        size = self._block_size
+        slots = [block * size + offset for block in row.sequence.blocks for offset in range(size)]
+        return slots[: row.stop]
 
     def _describe_adapters(self, rows: Rows[PlannedRow]) -> LoraBatch | None:
         """Choose the pages this step needs, and mark for every token the ones its adapter owns."""
@@ -102,7 +94,7 @@ class Runner:
             return None
         stack = self._stack_pages(live)
         mask = [[page in pages for page in stack.live] for pages in owned]
-        lengths = self._tensor([row.stop - row.start for row in rows])
+        lengths = self._tensor([row.num_tokens for row in rows])
         return LoraBatch(
             pages=stack.pages,
             mask=torch.tensor(mask, device=self._decoder.device).repeat_interleave(lengths, dim=0),

@@ -35,6 +35,11 @@ class PlannedRow:
     stop: int
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of the chunk."""
+        return self.stop - self.start
+
+    @property
     def samples(self) -> bool:
         """Whether this chunk reaches the last known token, so that the next one can be sampled."""
         return self.stop == self.sequence.num_tokens

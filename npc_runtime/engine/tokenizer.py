@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from npc_runtime.errors import StartupError
+from npc_runtime.errors import InvalidError, StartupError
 
 __all__ = ["ChatTokenizer", "Decoder", "IncrementalText", "RenderedPrompt"]
 
 logger = logging.getLogger(__name__)
 
-# For a base without a chat template; documented in the README.
+# For a base without a chat template; the README mentions it.
 PLAIN_TEMPLATE = (
-    "{% for m in messages %}{{ {'system': '', 'user': 'Player: ', 'assistant': 'Reply: '}[m['role']] }}"
+    "{{ bos_token or '' }}{% for m in messages %}"
+    "{{ {'system': '', 'user': 'Player: ', 'assistant': 'Reply: '}[m['role']] }}"
     "{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}Reply:{% endif %}"
 )
 
@@ -50,6 +51,10 @@ class ChatTokenizer:
                 f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).",
                 "The folder needs the tokenizer.json that was published with the model.",
             ) from error
+        if not self._tokenizer.get_vocab():  # transformers makes an empty one where the files are missing
+            raise StartupError(
+                f"{folder} has no tokenizer.", "The folder needs the tokenizer.json that was published with the model."
+            )
         if self._tokenizer.chat_template is None:
             logger.warning("%s has no chat template; a plain 'Player: / Reply:' form is used", folder)
             self._tokenizer.chat_template = PLAIN_TEMPLATE
@@ -62,7 +67,7 @@ class ChatTokenizer:
 
         Text of the player can never open a turn of its own: special tokens inside message content are taken
         apart before the template is applied. A template that knows no system role gets the system text in
-        front of the first user message.
+        front of the first user message. Raises `InvalidError` for messages that the template refuses.
         """
         import jinja2
 
@@ -70,7 +75,13 @@ class ChatTokenizer:
         try:
             text = self._apply(clean)
         except jinja2.TemplateError:
-            text = self._apply(_fold_system(clean))
+            try:
+                text = self._apply(_fold_system(clean))
+            except jinja2.TemplateError as error:
+                raise InvalidError(
+                    f"The base's chat template does not take these messages ({error}).",
+                    "Let user and assistant turns alternate.",
+                ) from error
         return RenderedPrompt(text, tuple(self._tokenizer.encode(text, add_special_tokens=False)))
 
     def encode_reply(self, text: str) -> list[int]:
@@ -85,7 +96,10 @@ class ChatTokenizer:
         return text
 
     def _apply(self, messages: list[dict[str, str]]) -> str:
-        text: str = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # Qwen3 and SmolLM3 would think aloud in front of the player; other templates ignore the switch.
+        text: str = self._tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
+        )
         return text
 
     def _defuse(self, text: str) -> str:
@@ -101,7 +115,7 @@ class ChatTokenizer:
             found.add(self._tokenizer.eos_token_id)
         for name in ("config.json", "generation_config.json"):
             if (folder / name).is_file():
-                value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+                value = _read_json(folder / name).get("eos_token_id")
                 found.update(value if isinstance(value, list) else [] if value is None else [value])
         return frozenset(found)
 
@@ -128,6 +142,15 @@ class IncrementalText:
             return ""
         self._window, self._read = self._read, len(self._ids)
         return text[len(known) :]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(document, dict)
+    except (OSError, ValueError, AssertionError) as error:
+        raise StartupError(f"{path} cannot be read ({error}).", "Fetch the model again.") from error
+    return document
 
 
 def _fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -25,6 +25,9 @@ SUPPORTED = (
 """Architectures that `model.py` computes; the README names the models."""
 
 
+FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
     """The base as `welcome.base` describes it.
@@ -52,7 +55,7 @@ def resolve_base(name: str, on_progress: OnProgress) -> Path:
 
 
 def describe_base(name: str, folder: Path) -> BaseInfo:
-    """Name the base and take its fingerprint."""
+    """Name the base and take its fingerprint. `read_config` has seen that the files are there."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in _weight_files(folder):
         with path.open("rb") as file:
@@ -79,8 +82,15 @@ def read_config(folder: Path) -> Any:
                 f"{folder}: the architecture {architecture} is not supported.",
                 f"Supported are {', '.join(SUPPORTED)}.",
             )
+        if raw.get("quantization_config"):
+            raise StartupError(
+                f"{folder}: quantized checkpoints are not supported yet.",
+                "Use the model's float16 or bfloat16 version.",
+            )
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (ValueError, AttributeError, TypeError, KeyError, OSError) as error:
+    except StartupError:
+        raise
+    except Exception as error:  # transformers validates with half a dozen unrelated types
         raise StartupError(f"{folder}/config.json cannot be read ({error}).", "Fetch the model again.") from error
     _weight_files(folder)
     return config
@@ -98,14 +108,31 @@ def iterate_weights(
             with safe_open(path, framework="pt", device="cpu") as file:
                 names = list(file.keys())
                 for done, name in enumerate(names):
-                    yield name, file.get_tensor(name).to(device=device, dtype=dtype)
+                    tensor = file.get_tensor(name)
+                    if tensor.dtype not in FLOAT_TYPES:
+                        raise StartupError(
+                            f"{path}: {name} is of type {tensor.dtype}.", "Use the float16 or bfloat16 version."
+                        )
+                    yield name, tensor.to(device=device, dtype=dtype)
                     on_progress((index + (done + 1) / len(names)) / len(files))
         except (SafetensorError, OSError) as error:
             raise StartupError(f"{path} cannot be read ({error}).", "Fetch the model again.") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
+    """The files that the index names, or the one usual file, or whatever there is; some folders hold copies."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = sorted(folder / str(name) for name in names)
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise StartupError(f"{index} cannot be read ({error}).", "Fetch the model again.") from error
+        missing = [path.name for path in files if not path.is_file()]
+        if missing:
+            raise StartupError(f"{folder} lacks {', '.join(missing)}.", "Fetch the model again.")
+        return files
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         raise StartupError(
             f"{folder} is not a model folder: it has no *.safetensors file.",

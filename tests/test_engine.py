@@ -1,0 +1,170 @@
+"""The engine's loop: whatever fails in a step, every line ends exactly once and the next lines are spoken."""
+
+import threading
+
+import pytest
+import torch
+from driving import greedy, make_engine, speak
+from test_forwards import FakeTokenizer, tiny  # noqa: F401 - a fixture
+
+from npc_runtime.engine.core import Ended, EndReason, EngineConfig
+from npc_runtime.engine.engine import Engine
+
+
+def end_of(run, request_id):
+    return run.ended(request_id)
+
+
+def break_once(monkeypatch, target, name, error, after=0):
+    """Let `target.name` raise once, on its call number `after`."""
+    calls, right = [], getattr(target, name)
+
+    def broken(*arguments, **options):
+        calls.append(name)
+        if len(calls) == after + 1:
+            raise error
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(target, name, broken)
+
+
+def lines(count, **options):
+    return [greedy(n + 1, range(3, 12 + n), f"a{n}", max_tokens=6, **options) for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(RuntimeError("defect"), "internal"), (torch.OutOfMemoryError("full"), "out_of_memory")],
+)
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_failed_forward_ends_the_running_lines_and_no_more(tiny, monkeypatch, error, code, after):  # noqa: F811
+    base, store = tiny
+    engine, run = make_engine(base, store)
+    break_once(monkeypatch, engine._runner, "forward", error, after)
+    speak(engine, run, lines(3))
+    assert [end_of(run, n).reason for n in (1, 2, 3)] == [EndReason.ERROR] * 3
+    assert {end_of(run, n).error.code for n in (1, 2, 3)} == {code}
+    again = [greedy(9, range(3, 12), "a0", max_tokens=6)]
+    assert speak(engine, run, again).ended(9).reason == EndReason.LENGTH
+
+
+def test_a_failed_admission_ends_what_waits(tiny, monkeypatch):  # noqa: F811
+    """No memory for the adapter pages: nothing runs yet, so the queue itself is the trouble."""
+    base, store = tiny
+    engine, run = make_engine(base, store)
+    break_once(monkeypatch, store, "acquire", torch.OutOfMemoryError("full"))
+    speak(engine, run, lines(2))
+    assert {end_of(run, n).error.code for n in (1, 2)} == {"out_of_memory"}
+    assert speak(engine, run, [greedy(9, range(3, 12), "a0", max_tokens=6)]).ended(9).reason == EndReason.LENGTH
+
+
+class FailingTokenizer(FakeTokenizer):
+    def decode(self, ids):
+        if len(ids) == 2:
+            raise RuntimeError("a defect in one line's text")
+        return super().decode(ids)
+
+
+def test_one_lines_text_fails_alone(tiny, monkeypatch):  # noqa: F811
+    """A neighbour that ends in the very step still gets its end."""
+    base, store = tiny
+    base.tokenizer = FailingTokenizer()
+    engine, run = make_engine(base, store)
+    short = greedy(1, range(3, 12), "a0", max_tokens=1)
+    speak(engine, run, [short, greedy(2, range(3, 13), "a1", max_tokens=6)])
+    assert end_of(run, 1).reason == EndReason.LENGTH
+    assert end_of(run, 2).error.code == "internal"
+
+
+def test_numbers_that_overflow_end_their_line_and_spare_the_neighbours(tiny):  # noqa: F811
+    """A diverged adapter in the batch, and afterwards its KV blocks in other hands."""
+    base, store = tiny
+    engine, run = make_engine(base, store, EngineConfig(kv_tokens=64))
+    healthy = greedy(1, range(3, 12), "a1", max_tokens=6)
+    alone = list(speak(engine, run, [healthy]).tokens[1])
+    store.acquire("a0")
+    store.pool[store.pages_of("a0")] *= 1e36
+    store.release("a0")
+    engine, run = make_engine(base, store, EngineConfig(kv_tokens=64))
+    speak(engine, run, [greedy(2, range(3, 12), "a1", max_tokens=6), greedy(3, range(3, 12), "a0", max_tokens=6)])
+    assert end_of(run, 3).error.message == "The numbers of the adapter of a0 overflowed."
+    assert run.tokens[2] == alone
+    for number in range(4, 8):
+        speak(engine, run, [greedy(number, range(3, 12), "a1", max_tokens=6)])
+        assert run.tokens[number] == alone
+
+
+def test_a_full_queue_ends_a_line_as_overload(tiny):  # noqa: F811
+    base, store = tiny
+    engine, run = make_engine(base, store, EngineConfig(kv_tokens=2048, max_rows=1, max_waiting=1))
+    speak(engine, run, lines(2))
+    assert end_of(run, 2).reason == EndReason.OVERLOAD
+    assert end_of(run, 2).error.retryable
+
+
+def test_cancel_is_known_before_the_next_step(tiny):  # noqa: F811
+    base, store = tiny
+    engine, run = make_engine(base, store)
+    engine.submit(lines(2))
+    engine.step()
+    engine.cancel([1, 77])
+    engine.step()
+    assert end_of(run, 1).reason == EndReason.CANCELLED
+    assert end_of(run, 1).num_completion == 1
+    engine.check_integrity()
+    assert engine.stats().num_running == 1
+
+
+def test_the_thread_reports_its_own_death(tiny, monkeypatch):  # noqa: F811
+    base, store = tiny
+    died = threading.Event()
+
+    def on_step(step):
+        raise RuntimeError("nobody can be told")
+
+    engine = Engine(base.decoder, base.tokenizer, store, EngineConfig(), on_step=on_step, on_death=died.set)
+    engine.start()
+    engine.submit(lines(1))
+    assert died.wait(5.0)
+    assert engine.has_died
+
+
+def test_closing_ends_every_line(tiny):  # noqa: F811
+    base, store = tiny
+    ended, is_running = [], threading.Event()
+
+    def on_step(step):
+        is_running.set()
+        ended.extend(event for event in step.events if isinstance(event, Ended))
+
+    engine = Engine(base.decoder, base.tokenizer, store, EngineConfig(kv_tokens=4096), on_step=on_step)
+    engine.start()
+    engine.submit([greedy(n, range(3, 12), None, max_tokens=500) for n in range(1, 4)])
+    assert is_running.wait(5.0)
+    engine.close(5.0)
+    assert sorted(event.request_id for event in ended) == [1, 2, 3]
+    assert {event.reason for event in ended} == {EndReason.CANCELLED}
+
+
+def test_a_second_turn_finds_the_first_ones_prefix(tiny):  # noqa: F811
+    """Same persona, same beginning: cached, and the same words; another adapter: not cached."""
+    base, store = tiny
+    engine, run = make_engine(base, store)
+    prompt = tuple(range(3, 43))
+    first = list(speak(engine, run, [greedy(1, prompt, "a1", max_tokens=8)]).tokens[1])
+    speak(engine, run, [greedy(2, prompt, "a1", max_tokens=8), greedy(3, prompt, "a2", max_tokens=8)])
+    assert [end_of(run, n).num_cached for n in (1, 2, 3)] == [0, 32, 0]
+    assert run.tokens[2] == first
+    fresh, fresh_run = make_engine(base, store)
+    assert speak(fresh, fresh_run, [greedy(3, prompt, "a2", max_tokens=8)]).tokens[3] == run.tokens[3]
+
+
+def test_preempted_lines_say_the_same(tiny):  # noqa: F811
+    """Six lines in a cache for three: they are recomputed, and nobody can tell."""
+    base, store = tiny
+    requests = [greedy(n + 1, range(3 + n, 23 + n), f"a{n}", max_tokens=30) for n in range(6)]
+    engine, run = make_engine(base, store)
+    roomy = {n: list(tokens) for n, tokens in speak(engine, run, requests).tokens.items()}
+    engine, run = make_engine(base, store, EngineConfig(kv_tokens=160, block_size=4))
+    assert speak(engine, run, requests).tokens == roomy
+    assert engine.stats().num_preempted > 0
