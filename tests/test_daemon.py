@@ -486,8 +486,11 @@ def test_no_auth_is_for_loopback_only(make_daemon):
         (lambda path: make_model("llama", path), "tokenizer.json"),
     ],
 )
-def test_a_base_that_is_no_model_is_refused(make_daemon, tmp_path, make, message):
+def test_a_base_that_is_no_model_is_refused(make_daemon, base_folder, tmp_path, make, message):
     make(tmp_path / "base")
+    if message == "cannot be read":
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (tmp_path / "base" / name).write_bytes((base_folder / name).read_bytes())
     daemon = make_daemon("--base", str(tmp_path / "base"), "--personas", str(shipped_personas()))
     assert daemon.process.returncode == 1
     assert message in daemon.read_log()
