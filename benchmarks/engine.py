@@ -3,8 +3,8 @@
     .venv/bin/python -P benchmarks/engine.py [--dtype float32] [--rows 1 8 32]
 
 SmolLM2-135M, a prompt of 43 tokens, 100 new tokens, adapters of rank 16 on all seven linears (random: the
-arithmetic does not depend on the values). Rounds with and without adapters alternate; medians. Prints the
-machine, a table, and one JSON line last.
+arithmetic does not depend on the values). The reference kernels and the fast CPU path, with and without adapters,
+take turns in every round; medians. Prints the machine, a table, and one JSON line last.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from npc_kernels import cpu, reference
 
 from npc_runtime.daemon import LoadedBase, load_base
 from npc_runtime.engine.adapters import AdapterStore
@@ -31,22 +32,29 @@ PROMPT_TOKENS, NEW_TOKENS, RANK, ROUNDS = 43, 100, 16, 3
 def main() -> None:
     """Measure and print."""
     options = parse_options()
-    base = load_base("smollm2-135m", options.dtype, lambda label, fraction: None)
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {base.device.backend}"
-    print(f"{machine}, load {os.getloadavg()[0]:.1f}")
-    print(f"{'NPCs':>5} {'base only':>12} {'own adapters':>13}   tokens/s")
-    rows = []
+    bases = {
+        kernels.__name__.removeprefix("npc_kernels."): load_base(
+            "smollm2-135m", options.dtype, lambda label, fraction: None, kernels=kernels
+        )
+        for kernels in (reference, cpu)
+    }
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {bases['cpu'].backend}"
+    print(f"{machine}, load {os.getloadavg()[0]:.1f}; tokens/s of all NPCs together")
+    systems = [(name, adapted) for name in bases for adapted in (False, True)]
+    titles = [f"{name} {'adapters' if adapted else 'base only'}" for name, adapted in systems]
+    print(f"{'NPCs':>5}", *(f"{title:>20}" for title in titles))
+    results = []
     with tempfile.TemporaryDirectory() as folder:
-        store = make_store(base, max(options.rows), Path(folder))
+        stores = {name: make_store(base, max(options.rows), Path(folder) / name) for name, base in bases.items()}
         for num_rows in options.rows:
-            speeds: dict[bool, list[float]] = {False: [], True: []}
+            speeds: dict[tuple[str, bool], list[float]] = {system: [] for system in systems}
             for _ in range(ROUNDS):
-                for adapted, measured in speeds.items():
-                    measured.append(measure(base, store, num_rows, adapted=adapted))
-            plain, own = (statistics.median(speeds[adapted]) for adapted in (False, True))
-            print(f"{num_rows:>5} {plain:>12.1f} {own:>13.1f}")
-            rows.append({"npcs": num_rows, "base_only": round(plain, 1), "own_adapters": round(own, 1)})
-    print(json.dumps({"benchmark": "engine", "machine": machine, "rows": rows}))
+                for name, adapted in systems:
+                    speeds[name, adapted].append(measure(bases[name], stores[name], num_rows, adapted=adapted))
+            medians = [round(statistics.median(speeds[system]), 1) for system in systems]
+            print(f"{num_rows:>5}", *(f"{median:>20}" for median in medians), flush=True)
+            results.append({"npcs": num_rows, **dict(zip(titles, medians, strict=True))})
+    print(json.dumps({"benchmark": "engine", "machine": machine, "results": results}))
 
 
 def parse_options() -> argparse.Namespace:
@@ -74,7 +82,7 @@ def make_store(base: LoadedBase, count: int, folder: Path) -> AdapterStore:
     store = AdapterStore(shape, base.decoder.layout, dtype=base.decoder.dtype, device=base.decoder.device, max_pages=64)
     for number in range(count):
         path = folder / f"a{number}"
-        path.mkdir()
+        path.mkdir(parents=True)
         tensors = {}
         for layer in range(shape.num_layers):
             for module, (inputs, outputs) in sizes.items():

@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from npc_runtime import __version__
 from npc_runtime.discovery import Endpoint, project_of, remove_endpoint, write_endpoint
 from npc_runtime.engine.adapters import AdapterStore
@@ -19,7 +21,7 @@ from npc_runtime.engine.core import EngineConfig
 from npc_runtime.engine.device import Device, DTypeName, choose_device, explain_unused_gpu
 from npc_runtime.engine.embedded import OnProgress
 from npc_runtime.engine.engine import Engine
-from npc_runtime.engine.model import Decoder, ModelShape, PageLayout, choose_kernels
+from npc_runtime.engine.model import Decoder, Kernels, ModelShape, PageLayout, choose_kernels
 from npc_runtime.engine.tokenizer import ChatTokenizer
 from npc_runtime.engine.weights import BaseInfo, describe_base, iterate_weights, read_config, resolve_base
 from npc_runtime.errors import AdapterIncompatible, StartupError, WireError
@@ -67,14 +69,18 @@ class LoadedBase:
     decoder: Decoder
     tokenizer: ChatTokenizer
 
+    @property
+    def backend(self) -> str:
+        """What computes, for `welcome` and for whoever reads a measurement."""
+        kernels, dtype = self.decoder.kernels.__name__, str(self.device.dtype)
+        return f"torch {torch.__version__}, {kernels}, {dtype.removeprefix('torch.')}"
+
 
 def run_daemon(settings: Settings, progress: Callable[[], AbstractContextManager[OnProgress]]) -> None:
     """Load everything, serve until SIGINT or SIGTERM. `progress` is entered only while there is something to show.
 
     Raises `StartupError` before the socket opens, or if the engine thread dies.
     """
-    import torch
-
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     library = load_library(settings.personas)
@@ -101,8 +107,11 @@ def load_library(folder: Path) -> Library:
     return library
 
 
-def load_base(name: str, dtype: DTypeName, on_progress: OnProgress) -> LoadedBase:
-    """Find the base (fetching the embedded one the first time) and bring it into memory."""
+def load_base(name: str, dtype: DTypeName, on_progress: OnProgress, *, kernels: Kernels | None = None) -> LoadedBase:
+    """Find the base (fetching the embedded one the first time) and bring it into memory.
+
+    `kernels` None takes the fastest for the device.
+    """
     problem = explain_unused_gpu()
     if problem:
         logger.warning("%s", problem)
@@ -117,7 +126,7 @@ def load_base(name: str, dtype: DTypeName, on_progress: OnProgress) -> LoadedBas
         device=device.torch_device,
         on_progress=lambda fraction: on_progress(f"loading {info.name}", fraction),
     )
-    decoder = Decoder(config, tensors, choose_kernels(device.torch_device))
+    decoder = Decoder(config, tensors, kernels or choose_kernels(device.torch_device))
     return LoadedBase(info, device, decoder, tokenizer)
 
 
@@ -188,7 +197,7 @@ async def _serve(
         info=DaemonInfo(
             version=__version__,
             device=base.device.name,
-            backend=base.device.backend,
+            backend=base.backend,
             base=BaseModelInfo(name=base.info.name, sha256=base.info.sha256, context=context),
             token=token,
         ),

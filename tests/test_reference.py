@@ -113,12 +113,14 @@ def test_paged_attention_is_causal_attention_of_each_row(rows, dtype, tolerance,
             close(got[token, head], weights @ v_row, tolerance)
 
 
+@pytest.mark.parametrize("num_live", [3, 12])
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_each_token_gets_its_own_adapter_and_base_tokens_none(dtype, tolerance, kernels):
-    """Three pages: one adapter of two pages (rank 24), one of one (rank 5), and a token of the base."""
+def test_each_token_gets_its_own_adapter_and_base_tokens_none(dtype, tolerance, num_live, kernels):
+    """One adapter of two pages, one of one, a token of the base, and pages that no token of the step uses."""
     span = LoraSpan(start=3, in_features=9, out_features=(7, 4))
-    pages = torch.randn(3, span.stop + 2, dtype=dtype) * 0.2
-    mask = torch.tensor([[True, False, True], [False, True, False], [False, False, False], [True, False, True]])
+    pages = torch.randn(num_live, span.stop + 2, dtype=dtype) * 0.2
+    mask = torch.zeros(4, num_live, dtype=torch.bool)
+    mask[0, 0] = mask[0, 2] = mask[1, 1] = mask[3, 0] = mask[3, 2] = True
     x, out = torch.randn(4, 9, dtype=dtype), torch.randn(4, 11, dtype=dtype)
     expected = out.double()
     for token in range(4):

@@ -24,11 +24,6 @@ class Device:
     dtype: torch.dtype
     name: str
 
-    @property
-    def backend(self) -> str:
-        """What runs the kernels."""
-        return f"torch {torch.__version__}, reference kernels, {str(self.dtype).removeprefix('torch.')}"
-
 
 def choose_device(dtype: DTypeName) -> Device:
     """Take the GPU if torch can use one. `auto` is bfloat16 where the hardware multiplies it, else float32."""

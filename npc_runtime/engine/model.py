@@ -75,6 +75,8 @@ Linear = Callable[[Tensor], Tensor]
 class Kernels(Protocol):
     """What a module of `npc_kernels` offers; `reference.py` defines what each computes."""
 
+    __name__: str
+
     def Linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:  # noqa: D102 - a class there
         ...
 
