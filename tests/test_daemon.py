@@ -413,7 +413,8 @@ def test_a_signal_during_loading_is_quiet(make_persona, tmp_path):
     make_persona("guard")
     command = [sys.executable, "-P", "-m", "npc_runtime", "serve", "--port", "0", "--personas", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(1_200 * MS)
+        said = iter(process.stderr.readline, "")
+        assert any("loading smollm2-135m" in line for line in said)
         process.terminate()
         out, err = process.communicate(timeout=2_000 * MS)
     assert process.returncode == 0
