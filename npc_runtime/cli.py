@@ -93,6 +93,8 @@ def serve(
         project=project,
     )
     run_daemon(settings, lambda: progress_bars(stderr()))
+    logging.shutdown()
+    os._exit(0)  # all is closed; taking torch apart would cost another second of the two that a stop may take
 
 
 @app.command()
