@@ -31,7 +31,7 @@ def test_the_worked_example():
     pool.check_integrity([first, second])
     pool.release(first)
     pool.release(second)
-    assert (pool.num_free, pool.num_cached) == (8, 2)
+    assert (pool.num_free, pool.num_known) == (8, 2)
     third = make_sequence(range(100, 104))
     pool.extend(third, 24)
     assert not {0, 1} & set(third.blocks)

@@ -2,70 +2,17 @@
 
 import asyncio
 import json
-import signal
-import socket
-import subprocess
-import sys
-import time
 
-import msgpack
 import pytest
 from conftest import MS
-from tiny import make_adapter, make_model
+from game import deltas, line, play
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from npc_runtime.client import Client, RequestError
 from npc_runtime.errors import DisconnectedError
-from npc_runtime.persona import shipped_personas
 
 ALL = ("brom", "marta", "odo", "thalindra", "vaskar")
-
-
-class Game:
-    """An independent client: frames in, maps out."""
-
-    def __init__(self, socket_, subprotocol):
-        self.socket = socket_
-        self.is_json = subprotocol == "npc.v1.json"
-
-    async def send(self, **message):
-        await self.socket.send(json.dumps(message) if self.is_json else msgpack.packb(message))
-
-    async def receive(self):
-        frame = await asyncio.wait_for(self.socket.recv(), 30_000 * MS)
-        assert isinstance(frame, str) == self.is_json
-        assert len(frame if isinstance(frame, bytes) else frame.encode()) <= 32 * 1024
-        return json.loads(frame) if self.is_json else msgpack.unpackb(frame)
-
-    async def until(self, kind):
-        messages = []
-        while not messages or messages[-1]["type"] != kind:
-            messages.append(await self.receive())
-        return messages
-
-
-class play:
-    """Connect, say hello with the right token, and expect welcome."""
-
-    def __init__(self, daemon, subprotocol="npc.v1.msgpack", **hello):
-        self.daemon, self.subprotocol = daemon, subprotocol
-        self.hello = {"type": "hello", "protocol": 1, "token": daemon.token, **hello}
-
-    async def __aenter__(self):
-        self.socket = await connect(self.daemon.url, subprotocols=[self.subprotocol], compression=None)
-        game = Game(self.socket, self.subprotocol)
-        await game.send(**self.hello)
-        game.welcome = await game.receive()
-        assert game.welcome["type"] == "welcome"
-        return game
-
-    async def __aexit__(self, *_):
-        await self.socket.close()
-
-
-def line(number, persona="odo", text="Hello there.", **fields):
-    return {"line": number, "persona": persona, "input": {"text": text}, **fields}
 
 
 @pytest.mark.parametrize("subprotocol", ["npc.v1.msgpack", "npc.v1.json"])
@@ -91,12 +38,6 @@ async def test_one_batch_all_personas(daemon, subprotocol):
         assert finished["text"]
         assert finished["usage"]["completion"] <= 60
         assert finished["timing"]["ttft_ms"] > 0
-
-
-def deltas(messages, number):
-    items = [item for m in messages if m["type"] == "delta" for item in m["items"] if item["line"] == number]
-    assert [item["seq"] for item in items] == list(range(len(items)))
-    return "".join(item["text"] for item in items)
 
 
 async def test_lines_end_at_a_sentence(daemon):
@@ -333,186 +274,3 @@ async def test_the_python_client_says_what_is_wrong(daemon):
         with pytest.raises(RequestError, match="no persona 'nobody'"):
             await client.say("nobody", "Hello.")
         assert (await client.say("odo", "Hello.")).reason == "stop"
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_stop_the_daemon_quickly_and_quietly(make_daemon, number):
-    """With a connection open and lines running."""
-    daemon = make_daemon("--personas", str(shipped_personas()))
-    asyncio.run(stop_while_speaking(daemon, number))
-
-
-async def stop_while_speaking(daemon, number):
-    async with play(daemon) as game:
-        long = {"trim": "none", "max_tokens": 500, "min_tokens": 500}
-        await game.send(type="generate", batch=1, lines=[line(n, sampling=long) for n in range(4)])
-        await game.until("line.start")
-        started = time.monotonic()
-        daemon.process.send_signal(number)
-        with pytest.raises(ConnectionClosed) as caught:
-            await game.until("batch.end")
-        assert caught.value.rcvd.code == 1012
-        assert await asyncio.to_thread(daemon.process.wait, 10_000 * MS) == 0
-        assert time.monotonic() - started < 2.0
-    assert "Traceback" not in daemon.read_log()
-
-
-def test_a_client_that_does_not_read_cannot_delay_the_stop(make_daemon):
-    """A frozen game: its socket is open, its loop stands still, and 20 lines stream at it."""
-    daemon = make_daemon("--personas", str(shipped_personas()))
-    code = f"""
-import json, socket, time
-from websockets.sync.client import connect
-ws = connect({daemon.url!r}, subprotocols=["npc.v1.json"], compression=None).__enter__()
-ws.send(json.dumps({{"type": "hello", "protocol": 1, "token": {daemon.token!r}}}))
-ws.recv()
-lines = [{{"line": n, "persona": "odo", "input": {{"text": "Hi."}}, "sampling": {{"trim": "none", "max_tokens": 500}}}}
-         for n in range(20)]
-ws.send(json.dumps({{"type": "generate", "batch": 1, "lines": lines}}))
-ws.recv()
-import os, signal
-print("frozen", flush=True)
-os.kill(os.getpid(), signal.SIGSTOP)
-"""
-    game = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert game.stdout.readline() == "frozen\n"
-        time.sleep(300 * MS)
-        started = time.monotonic()
-        assert daemon.stop() == 0
-        assert time.monotonic() - started < 2.0
-    finally:
-        game.kill()
-        game.wait()
-        game.stdout.close()
-    assert "Traceback" not in daemon.read_log()
-
-
-def test_the_first_line_goes_to_stdout_from_a_terminal_too(make_persona, tmp_path):
-    """stderr is a terminal, so that progress bars are drawn; stdout is the spawner's pipe."""
-    import os
-    import pty
-
-    make_persona("guard")
-    ours, theirs = pty.openpty()
-    options = ["--port", "0", "--personas", str(tmp_path / "personas")]
-    command = [sys.executable, "-P", "-m", "npc_runtime", "serve", *options]
-    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment) as process:
-        assert json.loads(process.stdout.readline())["port"]
-        process.terminate()
-        assert process.wait(10_000 * MS) == 0
-    os.close(theirs)
-    shown = os.read(ours, 1 << 16).decode()
-    os.close(ours)
-    assert "loading smollm2-135m" in shown
-    assert "token" not in shown.split("Ctrl-C")[0].replace("token and port", "")
-
-
-def test_a_signal_during_loading_is_quiet(make_persona, tmp_path):
-    make_persona("guard")
-    command = [sys.executable, "-P", "-m", "npc_runtime", "serve", "--port", "0", "--personas", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        said = iter(process.stderr.readline, "")
-        assert any("loading smollm2-135m" in line for line in said)
-        process.terminate()
-        out, err = process.communicate(timeout=2_000 * MS)
-    assert process.returncode == 0
-    assert out == ""
-    assert "Traceback" not in err
-
-
-def test_a_busy_port_says_so(make_daemon, make_persona, tmp_path):
-    make_persona("guard")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        daemon = make_daemon("--port", str(port), "--personas", str(tmp_path / "personas"))
-    assert daemon.process.returncode == 1
-    log = daemon.read_log().strip()
-    assert f"127.0.0.1:{port}" in log
-    assert "Traceback" not in log
-    assert len(log.splitlines()) == 1
-
-
-def test_broken_personas_do_not_take_the_daemon_along(make_daemon, make_persona, tmp_path):
-    """Missing, foreign and damaged adapters and a damaged file: each is named when it is asked for."""
-    make_persona("sound")
-    make_persona("missing", adapter="adapter")
-    foreign = make_persona("foreign", adapter="adapter")
-    corrupt = make_persona("corrupt", adapter="adapter")
-    make_persona("odd", temper=3)
-    make_adapter(make_model("llama", tmp_path / "other"), foreign / "adapter", name="other-base")
-    (corrupt / "adapter").mkdir()
-    (corrupt / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 16}')
-    (corrupt / "adapter" / "adapter_model.safetensors").write_bytes(b"\x00" * 5000)
-    daemon = make_daemon("--personas", str(tmp_path / "personas"), "--no-auth")
-    assert daemon.token is None
-    items, end = asyncio.run(speak_all(daemon, ["sound", "missing", "foreign", "corrupt", "odd"]))
-    assert [items[name].get("code") for name in ("missing", "foreign", "corrupt", "odd")] == [
-        "adapter_missing",
-        "adapter_incompatible",
-        "adapter_incompatible",
-        "persona_invalid",
-    ]
-    assert "other-base" in items["foreign"]["hint"]
-    assert "temper" in items["odd"]["message"]
-    assert (end["ok"], end["failed"]) == (1, 4)
-
-
-async def speak_all(daemon, personas):
-    async with play(daemon) as game:
-        await game.send(type="generate", batch=1, lines=[line(name, name) for name in personas])
-        messages = await game.until("batch.end")
-    return {item["line"]: item for item in messages[0]["items"]}, messages[-1]
-
-
-def test_no_auth_is_for_loopback_only(make_daemon):
-    daemon = make_daemon("--host", "0.0.0.0", "--no-auth")
-    assert daemon.process.returncode == 1
-    assert "--no-auth is refused" in daemon.read_log()
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda path: None, "no such folder"),
-        (lambda path: path.mkdir(), "has no config.json"),
-        (lambda path: write_config(path, "GPTNeoXForCausalLM"), "GPTNeoXForCausalLM is not supported"),
-        (lambda path: write_config(path, "LlamaForCausalLM"), "has no *.safetensors"),
-        (lambda path: write_config(path, "LlamaForCausalLM", b"\x00" * 99), "cannot be read"),
-        (lambda path: write_config(path, "LlamaForCausalLM", hidden_size="x"), "cannot be read"),
-        (lambda path: write_config(path, "Qwen3ForCausalLM", quantization_config={"quant_method": "fp8"}), "quantized"),
-        (lambda path: make_model("llama", path), "tokenizer.json"),
-    ],
-)
-def test_a_base_that_is_no_model_is_refused(make_daemon, base_folder, tmp_path, make, message):
-    make(tmp_path / "base")
-    if message == "cannot be read":
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            (tmp_path / "base" / name).write_bytes((base_folder / name).read_bytes())
-    daemon = make_daemon("--base", str(tmp_path / "base"), "--personas", str(shipped_personas()))
-    assert daemon.process.returncode == 1
-    assert message in daemon.read_log()
-    assert "Traceback" not in daemon.read_log()
-
-
-def write_config(path, architecture, weights=None, **fields):
-    path.mkdir()
-    config = {"architectures": [architecture], "model_type": "llama", **fields}
-    (path / "config.json").write_text(json.dumps(config))
-    if weights is not None:
-        (path / "model.safetensors").write_bytes(weights)
-
-
-def test_an_unused_gpu_is_said(make_daemon, tmp_path):
-    """A machine with an NVIDIA driver (here: a stand-in on PATH) and a torch for the CPU."""
-    import os
-
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    daemon = make_daemon("--personas", str(shipped_personas()), env={"PATH": path})
-    assert daemon.endpoint
-    assert "download.pytorch.org/whl/cu" in daemon.read_log()

@@ -42,9 +42,9 @@ class BlockPool:
         return self.num_blocks - self.num_free
 
     @property
-    def num_cached(self) -> int:
-        """Blocks without a user that hold a known prefix."""
-        return sum(self._keys[block] is not None for block in self._free)
+    def num_known(self) -> int:
+        """Blocks that hold a known prefix, in use or not."""
+        return len(self._known)
 
     def num_needed(self, num_tokens: int) -> int:
         """Blocks that so many tokens fill."""

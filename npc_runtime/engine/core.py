@@ -178,6 +178,6 @@ class EngineStats:
     tokens_per_s: float  # generated, over the last seconds of work
     kv_blocks_used: int
     kv_blocks_total: int
-    kv_blocks_cached: int  # free, but holding a known prefix
+    kv_blocks_cached: int  # holding a known prefix, in use or not
     num_preempted: int  # since start
     adapters_resident: tuple[str, ...]

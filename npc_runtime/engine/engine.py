@@ -99,7 +99,7 @@ class Engine:
             self._thread.join(timeout_s)
 
     def stats(self) -> EngineStats:
-        """A snapshot, taken without stopping the engine."""
+        """A snapshot, from any thread and without stopping the engine: only sizes and atomic copies are read."""
         recent = list(self._recent)
         seconds = sum(end - start for start, end, _ in recent)
         return EngineStats(
@@ -110,7 +110,7 @@ class Engine:
             tokens_per_s=sum(count for _, _, count in recent) / seconds if seconds else 0.0,
             kv_blocks_used=self._scheduler.blocks.num_used,
             kv_blocks_total=self._scheduler.blocks.num_blocks,
-            kv_blocks_cached=self._scheduler.blocks.num_cached,
+            kv_blocks_cached=self._scheduler.blocks.num_known,
             num_preempted=self._scheduler.num_preempted,
             adapters_resident=self._adapters.resident,
         )

@@ -77,33 +77,40 @@ class Kernels(Protocol):
 
     __name__: str
 
-    def Linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:  # noqa: D102 - a class there
+    def Linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """A base linear; a class in each module."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: D102
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Normalise by the root mean square."""
         ...
 
-    def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: D102
+    def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate heads by their token's position."""
         ...
 
-    def write_kv(  # noqa: D102
-        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor
-    ) -> None: ...
-
-    def paged_attention(  # noqa: D102
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata
-    ) -> Tensor: ...
-
-    def silu_mul(self, gate_up: Tensor) -> Tensor:  # noqa: D102
+    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor) -> None:
+        """Store keys and values in the paged cache."""
         ...
 
-    def stack_pages(self, pages: Tensor, spans: Iterable[LoraSpan]) -> Any:  # noqa: D102
+    def paged_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata) -> Tensor:
+        """Attend each row to its own slots."""
         ...
 
-    def lora_shrink(self, x: Tensor, pages: Any, mask: Tensor, span: LoraSpan) -> Tensor:  # noqa: D102
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """Gate the second half by the first."""
         ...
 
-    def lora_expand(self, shrunk: Tensor, pages: Any, span: LoraSpan, out: Tensor) -> None:  # noqa: D102
+    def stack_pages(self, pages: Tensor, spans: Iterable[LoraSpan]) -> Any:
+        """Prepare live adapter pages for the two below."""
+        ...
+
+    def lora_shrink(self, x: Tensor, pages: Any, mask: Tensor, span: LoraSpan) -> Tensor:
+        """Apply every token's own `A`."""
+        ...
+
+    def lora_expand(self, shrunk: Tensor, pages: Any, span: LoraSpan, out: Tensor) -> None:
+        """Add every token's own `B`."""
         ...
 
 
