@@ -76,7 +76,7 @@ def parse_line(document: Any) -> wire.LineRequest:
         raise FormatUnsupported(f"format.kind '{line.format.kind}' is not served yet.", "Use 'text'.")
     refused = {"npc": line.npc, "draft": line.draft, "emotions": line.emotions, "actions": line.actions}
     for name, value in refused.items():
-        if value is not None:
+        if value:
             raise UnsupportedError(f"'{name}' is not served yet.", "Name a persona, and leave this field out.")
     return line
 

@@ -325,7 +325,11 @@ def test_a_format_that_cannot_be_enforced_is_refused(kind):
         codec.parse_line({**LINE, "format": {"kind": kind, "value": "a+"}})
 
 
-@pytest.mark.parametrize("field", [{"npc": "n"}, {"draft": {}}, {"emotions": []}, {"actions": ["wave"]}])
+def test_an_empty_list_asks_for_nothing():
+    assert codec.parse_line({**LINE, "emotions": [], "actions": []}).line == LINE["line"]
+
+
+@pytest.mark.parametrize("field", [{"npc": "n"}, {"draft": {"id": "n"}}, {"emotions": ["joy"]}, {"actions": ["wave"]}])
 def test_a_field_of_a_later_version_is_refused(field):
     with pytest.raises(UnsupportedError, match=f"'{next(iter(field))}'"):
         codec.parse_line({**LINE, **field})
