@@ -32,7 +32,7 @@ def choose_device(dtype: DTypeName) -> Device:
         has_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
     else:
         device, name = torch.device("cpu"), f"cpu, {torch.get_num_threads()} threads"
-        has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        has_bfloat16 = _cpu_multiplies_bfloat16()
     chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
         dtype, torch.bfloat16 if has_bfloat16 else torch.float32
     )
@@ -53,6 +53,14 @@ def explain_unused_gpu() -> str | None:
         f"pip install --force-reinstall --no-deps torch=={torch.__version__.split('+')[0]} --index-url {CUDA_WHEELS} "
         "(cards older than the RTX 20 series: cu126)."
     )
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """Ask torch's private probes; a build for another processor may not have them."""
+    try:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def _has_nvidia_driver() -> bool:
