@@ -109,7 +109,7 @@ async def test_cancel_ends_one_line_and_leaves_its_neighbours(daemon):
 async def test_a_deadline_ends_a_line_with_what_it_has(daemon):
     async with play(daemon) as game:
         long = {"trim": "none", "max_tokens": 500, "min_tokens": 500}
-        lines = [line(1, sampling=long, deadline_ms=700.0), line(2, sampling=long, deadline_ms=0.001)]
+        lines = [line(1, sampling=long, deadline_ms=2_500.0), line(2, sampling=long, deadline_ms=0.001)]
         await game.send(type="generate", batch=1, lines=lines)
         ends = {m["line"]: m for m in await game.until("batch.end") if m["type"] == "line.end"}
     assert (ends[1]["reason"], ends[2]["reason"]) == ("deadline", "deadline")
