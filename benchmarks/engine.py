@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from npc_kernels import cpu, reference
 
-from npc_runtime.daemon import LoadedBase, load_base
+from npc_runtime.daemon import LoadedBase, load_base, make_store
 from npc_runtime.engine.adapters import AdapterStore
 from npc_runtime.engine.core import Ended, EngineConfig, Request, SamplingParams, StepOutput
 from npc_runtime.engine.engine import Engine
@@ -45,7 +45,7 @@ def main() -> None:
     print(f"{'NPCs':>5}", *(f"{title:>20}" for title in titles))
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        stores = {name: make_store(base, max(options.rows), Path(folder) / name) for name, base in bases.items()}
+        stores = {name: make_adapters(base, max(options.rows), Path(folder) / name) for name, base in bases.items()}
         for num_rows in options.rows:
             speeds: dict[tuple[str, bool], list[float]] = {system: [] for system in systems}
             for _ in range(ROUNDS):
@@ -65,7 +65,7 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_store(base: LoadedBase, count: int, folder: Path) -> AdapterStore:
+def make_adapters(base: LoadedBase, count: int, folder: Path) -> AdapterStore:
     """Random adapters a0, a1, … in PEFT's format."""
     from safetensors.torch import save_file
 
@@ -79,7 +79,7 @@ def make_store(base: LoadedBase, count: int, folder: Path) -> AdapterStore:
         "mlp.up_proj": (shape.hidden, shape.intermediate),
         "mlp.down_proj": (shape.intermediate, shape.hidden),
     }
-    store = AdapterStore(shape, base.decoder.layout, dtype=base.decoder.dtype, device=base.decoder.device, max_pages=64)
+    store = make_store(shape, base.device, EngineConfig())
     for number in range(count):
         path = folder / f"a{number}"
         path.mkdir(parents=True)

@@ -17,7 +17,7 @@ import typer
 
 from npc_runtime import __version__
 from npc_runtime.engine.embedded import EMBEDDED_BASE, ensure_embedded_base
-from npc_runtime.errors import NpcError, StartupError
+from npc_runtime.errors import NpcError
 
 if TYPE_CHECKING:
     from npc_runtime.persona import Library
@@ -257,10 +257,7 @@ def _default_personas() -> Path:
 def _load_library(personas: Path | None) -> "Library":
     from npc_runtime.persona import Library
 
-    folder = personas or _default_personas()
-    if not folder.is_dir():
-        raise StartupError(f"--personas {folder}: there is no such folder.", "Name a folder of persona folders.")
-    return Library.load(folder)
+    return Library.load(personas or _default_personas())
 
 
 def _print_totals(totals: dict[str, object]) -> None:

@@ -97,8 +97,6 @@ def run_daemon(settings: Settings, progress: Callable[[], AbstractContextManager
 
 def load_library(folder: Path) -> Library:
     """Read the personas, logging what is wrong with any. Raises `StartupError` if the folder is not there."""
-    if not folder.is_dir():
-        raise StartupError(f"--personas {folder}: there is no such folder.", "Name a folder of persona folders.")
     library = Library.load(folder)
     if not len(library) and not library.problems:
         logger.warning("%s holds no personas (no */persona.yaml): every line will be rejected", folder)

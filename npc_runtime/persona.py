@@ -19,7 +19,7 @@ from pydantic import (
     field_validator,
 )
 
-from npc_runtime.errors import PersonaInvalid, PersonaUnknown, WireError
+from npc_runtime.errors import PersonaInvalid, PersonaUnknown, StartupError, WireError
 
 __all__ = [
     "AdapterRef",
@@ -208,7 +208,12 @@ class Library:
 
     @classmethod
     def load(cls, folder: Path) -> "Library":
-        """Read every persona folder below `folder`; what is wrong with one goes to `problems`."""
+        """Read every persona folder below `folder`; what is wrong with one goes to `problems`.
+
+        Raises `StartupError` if `folder` is not there.
+        """
+        if not folder.is_dir():
+            raise StartupError(f"--personas {folder}: there is no such folder.", "Name a folder of persona folders.")
         personas, problems = {}, {}
         for path in sorted(path for path in folder.iterdir() if os.path.lexists(path / "persona.yaml")):
             try:

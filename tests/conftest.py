@@ -130,3 +130,19 @@ def make_persona(tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A tiny random base, and a store of eight adapters of mixed ranks."""
+    from driving import NUM_ADAPTERS, TinyBase, make_store
+    from test_model import load
+    from tiny import make_adapter, make_model
+
+    model = make_model("llama", tmp_path / "model")
+    decoder = load(tmp_path / "model")
+    store = make_store(decoder)
+    for number in range(NUM_ADAPTERS):
+        rank = (8, 16, 24, 64)[number % 4]
+        store.add(f"a{number}", [(make_adapter(model, tmp_path / f"a{number}", rank=rank, seed=number), 1.0)])
+    return TinyBase(decoder), store

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from npc_runtime.engine.adapters import AdapterStore
 from npc_runtime.engine.core import Ended, EngineConfig, Request, SamplingParams, Spoken, Started
 from npc_runtime.engine.engine import Engine
 
@@ -30,6 +31,31 @@ class Run:
 
     def started(self, request_id):
         return next(event for event in self.events[request_id] if isinstance(event, Started))
+
+
+NUM_ADAPTERS = 8
+"""Adapters a0 … a7 of the `tiny` base."""
+
+
+class FakeTokenizer:
+    """A letter per token."""
+
+    eos_ids = frozenset({2})
+
+    def decode(self, ids):
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
+class TinyBase:
+    """What an engine needs of a base."""
+
+    def __init__(self, decoder):
+        self.decoder = decoder
+        self.tokenizer = FakeTokenizer()
+
+
+def make_store(decoder, max_pages=64):
+    return AdapterStore(decoder.shape, decoder.layout, dtype=decoder.dtype, device=decoder.device, max_pages=max_pages)
 
 
 def make_engine(base, store, config=None, **options):

@@ -4,8 +4,7 @@ import threading
 
 import pytest
 import torch
-from driving import greedy, make_engine, speak
-from test_forwards import FakeTokenizer, tiny  # noqa: F401 - a fixture
+from driving import FakeTokenizer, greedy, make_engine, speak
 
 from npc_runtime.engine.core import Ended, EndReason, EngineConfig
 from npc_runtime.engine.engine import Engine
@@ -37,7 +36,7 @@ def lines(count, **options):
     [(RuntimeError("defect"), "internal"), (torch.OutOfMemoryError("full"), "out_of_memory")],
 )
 @pytest.mark.parametrize("after", [0, 3])
-def test_a_failed_forward_ends_the_running_lines_and_no_more(tiny, monkeypatch, error, code, after):  # noqa: F811
+def test_a_failed_forward_ends_the_running_lines_and_no_more(tiny, monkeypatch, error, code, after):
     base, store = tiny
     engine, run = make_engine(base, store)
     break_once(monkeypatch, engine._runner, "forward", error, after)
@@ -48,7 +47,7 @@ def test_a_failed_forward_ends_the_running_lines_and_no_more(tiny, monkeypatch, 
     assert speak(engine, run, again).ended(9).reason == EndReason.LENGTH
 
 
-def test_a_failed_admission_ends_what_waits(tiny, monkeypatch):  # noqa: F811
+def test_a_failed_admission_ends_what_waits(tiny, monkeypatch):
     """No memory for the adapter pages: nothing runs yet, so the queue itself is the trouble."""
     base, store = tiny
     engine, run = make_engine(base, store)
@@ -65,7 +64,7 @@ class FailingTokenizer(FakeTokenizer):
         return super().decode(ids)
 
 
-def test_one_lines_text_fails_alone(tiny, monkeypatch):  # noqa: F811
+def test_one_lines_text_fails_alone(tiny, monkeypatch):
     """A neighbour that ends in the very step still gets its end."""
     base, store = tiny
     base.tokenizer = FailingTokenizer()
@@ -76,7 +75,7 @@ def test_one_lines_text_fails_alone(tiny, monkeypatch):  # noqa: F811
     assert end_of(run, 2).error.code == "internal"
 
 
-def test_numbers_that_overflow_end_their_line_and_spare_the_neighbours(tiny):  # noqa: F811
+def test_numbers_that_overflow_end_their_line_and_spare_the_neighbours(tiny):
     """A diverged adapter in the batch, and afterwards its KV blocks in other hands."""
     base, store = tiny
     engine, run = make_engine(base, store, EngineConfig(kv_tokens=64))
@@ -94,7 +93,7 @@ def test_numbers_that_overflow_end_their_line_and_spare_the_neighbours(tiny):  #
         assert run.tokens[number] == alone
 
 
-def test_a_full_queue_ends_a_line_as_overload(tiny):  # noqa: F811
+def test_a_full_queue_ends_a_line_as_overload(tiny):
     base, store = tiny
     engine, run = make_engine(base, store, EngineConfig(kv_tokens=2048, max_rows=1, max_waiting=1))
     speak(engine, run, lines(2))
@@ -102,7 +101,7 @@ def test_a_full_queue_ends_a_line_as_overload(tiny):  # noqa: F811
     assert end_of(run, 2).error.retryable
 
 
-def test_cancel_is_known_before_the_next_step(tiny):  # noqa: F811
+def test_cancel_is_known_before_the_next_step(tiny):
     base, store = tiny
     engine, run = make_engine(base, store)
     engine.submit(lines(2))
@@ -115,7 +114,7 @@ def test_cancel_is_known_before_the_next_step(tiny):  # noqa: F811
     assert engine.stats().num_running == 1
 
 
-def test_the_thread_reports_its_own_death(tiny, monkeypatch):  # noqa: F811
+def test_the_thread_reports_its_own_death(tiny, monkeypatch):
     base, store = tiny
     died = threading.Event()
 
@@ -129,7 +128,7 @@ def test_the_thread_reports_its_own_death(tiny, monkeypatch):  # noqa: F811
     assert engine.has_died
 
 
-def test_closing_ends_every_line(tiny):  # noqa: F811
+def test_closing_ends_every_line(tiny):
     base, store = tiny
     ended, is_running = [], threading.Event()
 
@@ -146,7 +145,7 @@ def test_closing_ends_every_line(tiny):  # noqa: F811
     assert {event.reason for event in ended} == {EndReason.CANCELLED}
 
 
-def test_a_second_turn_finds_the_first_ones_prefix(tiny):  # noqa: F811
+def test_a_second_turn_finds_the_first_ones_prefix(tiny):
     """Same persona, same beginning: cached, and the same words; another adapter: not cached."""
     base, store = tiny
     engine, run = make_engine(base, store)
@@ -159,7 +158,7 @@ def test_a_second_turn_finds_the_first_ones_prefix(tiny):  # noqa: F811
     assert speak(fresh, fresh_run, [greedy(3, prompt, "a2", max_tokens=8)]).tokens[3] == run.tokens[3]
 
 
-def test_preempted_lines_say_the_same(tiny):  # noqa: F811
+def test_preempted_lines_say_the_same(tiny):
     """Six lines in a cache for three: they are recomputed, and nobody can tell."""
     base, store = tiny
     requests = [greedy(n + 1, range(3 + n, 23 + n), f"a{n}", max_tokens=30) for n in range(6)]

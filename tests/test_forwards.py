@@ -2,16 +2,12 @@
 
 from collections import Counter
 
-import pytest
 import torch
-from driving import greedy, make_engine, speak
-from tiny import make_adapter, make_model
+from driving import NUM_ADAPTERS, greedy, make_engine, make_store, speak
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from npc_runtime.engine.adapters import AdapterStore
 from npc_runtime.engine.core import EngineConfig
 
-NUM_ADAPTERS = 8
 NUM_TOKENS = 48
 
 
@@ -38,33 +34,6 @@ class BaseGemms(TorchDispatchMode):
                     name = self.names.get(arg.untyped_storage().data_ptr())
                     self.counts.update([name] if name else [])
         return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def tiny(tmp_path, float_base):
-    """A tiny base with the embedded base's tokenizer, and a store of eight adapters of mixed ranks."""
-    from test_model import load
-
-    model = make_model("llama", tmp_path / "model")
-    decoder = load(tmp_path / "model")
-    store = AdapterStore(decoder.shape, decoder.layout, dtype=decoder.dtype, device=decoder.device, max_pages=64)
-    for number in range(NUM_ADAPTERS):
-        rank = (8, 16, 24, 64)[number % 4]
-        store.add(f"a{number}", [(make_adapter(model, tmp_path / f"a{number}", rank=rank, seed=number), 1.0)])
-
-    class Base:
-        pass
-
-    base = Base()
-    base.decoder, base.tokenizer = decoder, FakeTokenizer()
-    return base, store
-
-
-class FakeTokenizer:
-    eos_ids = frozenset({2})
-
-    def decode(self, ids):
-        return "".join(chr(97 + i % 26) for i in ids)
 
 
 def test_eight_adapters_share_every_forward(tiny):
@@ -111,13 +80,7 @@ def test_more_adapters_than_pages_all_speak(tiny, tmp_path):
     engine, run = make_engine(base, store, EngineConfig(kv_tokens=2048))
     requests = [greedy(n + 1, range(3, 12), f"a{n}", max_tokens=8) for n in range(NUM_ADAPTERS)]
     roomy = {n: list(tokens) for n, tokens in speak(engine, run, requests).tokens.items()}
-    tight = AdapterStore(
-        base.decoder.shape,
-        base.decoder.layout,
-        dtype=base.decoder.dtype,
-        device=base.decoder.device,
-        max_pages=5,
-    )
+    tight = make_store(base.decoder, max_pages=5)
     for number in range(NUM_ADAPTERS):
         tight.add(f"a{number}", [(tmp_path / f"a{number}", 1.0)])
     engine, run = make_engine(base, tight, EngineConfig(kv_tokens=2048))

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from driving import make_store
 from npc_kernels import cpu, reference
 from tiny import CONFIGS, make_model
 from transformers import AutoConfig
 
-from npc_runtime.engine.adapters import AdapterStore
 from npc_runtime.engine.core import EngineConfig, Request, SamplingParams, Sequence
 from npc_runtime.engine.model import Decoder, ModelShape
 from npc_runtime.engine.runner import Runner
@@ -24,8 +24,7 @@ def load(folder, kernels=reference):
 
 
 def make_runner(decoder):
-    store = AdapterStore(decoder.shape, decoder.layout, dtype=decoder.dtype, device=CPU, max_pages=8)
-    return Runner(decoder, store, CONFIG)
+    return Runner(decoder, make_store(decoder), CONFIG)
 
 
 def make_sequence(tokens, first_block):
@@ -50,6 +49,23 @@ def test_logits_equal_transformers(family, kernels, tmp_path):
     decoded = runner.forward([PlannedRow(second, 9, 10)])
     expected = [oracle(torch.tensor([prompt])).logits[0, -1] for prompt in (prompts[0], prompts[2], [*prompts[1], 50])]
     torch.testing.assert_close(torch.cat([got, decoded]), torch.stack(expected), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", [reference, cpu])
+def test_slots_that_were_never_written_are_never_read(kernels, tmp_path):
+    """A cache full of another line's NaN: a short row beside a long one, prefill and decode."""
+    oracle = make_model("llama", tmp_path)
+    runner = make_runner(load(tmp_path, kernels))
+    runner._kv.keys.fill_(torch.nan)
+    runner._kv.values.fill_(torch.nan)
+    prompts = [list(range(3, 26)), list(range(40, 45))]
+    rows = [make_sequence(prompt, 20 * number) for number, prompt in enumerate(prompts)]
+    runner.forward([PlannedRow(row, 0, row.num_tokens) for row in rows])
+    for row in rows:
+        row.output_ids.append(50)
+    got = runner.forward([PlannedRow(row, row.num_tokens - 1, row.num_tokens) for row in rows])
+    expected = [oracle(torch.tensor([[*prompt, 50]])).logits[0, -1] for prompt in prompts]
+    torch.testing.assert_close(got, torch.stack(expected), atol=2e-4, rtol=1e-4)
 
 
 def test_a_sliding_window_bounds_the_context(tmp_path):

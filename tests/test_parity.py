@@ -8,13 +8,12 @@ import copy
 
 import pytest
 import torch
-from driving import greedy, make_engine, speak
+from driving import greedy, make_engine, make_store, speak
 from peft import PeftModel
 from tiny import make_adapter
 from transformers import AutoModelForCausalLM
 
 from npc_runtime.daemon import LoadedBase, load_base
-from npc_runtime.engine.adapters import AdapterStore
 from npc_runtime.engine.core import EngineConfig, Sequence
 from npc_runtime.engine.runner import Runner
 from npc_runtime.engine.scheduler import PlannedRow
@@ -40,13 +39,7 @@ class Cast:
         self.rows["base"] = (prompt, None)
 
     def store(self, base):
-        store = AdapterStore(
-            base.decoder.shape,
-            base.decoder.layout,
-            dtype=base.decoder.dtype,
-            device=base.decoder.device,
-            max_pages=64,
-        )
+        store = make_store(base.decoder)
         for name, (_, folder) in self.rows.items():
             if folder is not None:
                 store.add(name, [(folder, 1.0)])

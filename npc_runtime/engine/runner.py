@@ -57,20 +57,18 @@ class Runner:
     def _describe(self, rows: Rows[PlannedRow], last_tokens: list[int]) -> BatchMetadata:
         """Build the metadata that `npc_kernels.batch` explains with an example; rows of one token come first."""
         decode = [row for row in rows if row.num_tokens == 1]
-        slots = [self._slots(row) for row in rows]
-        longest = max((row.stop for row in decode), default=0)
-        decode_slots = self._tensor([seen + seen[:1] * (longest - len(seen)) for seen in slots[: len(decode)]])
-        hidden = torch.arange(longest, device=self._decoder.device) >= self._tensor([[row.stop] for row in decode])
+        hidden, decode_slots = self._describe_decode(decode)
         bias = torch.zeros(hidden.shape, dtype=self._decoder.dtype, device=self._decoder.device)
         prefill, start = [], len(decode)
-        for row, seen in zip(rows[len(decode) :], slots[len(decode) :], strict=True):
+        for row in rows[len(decode) :]:
             positions = torch.arange(row.start, row.stop, device=self._decoder.device)
             mask = torch.arange(row.stop, device=self._decoder.device) <= positions[:, None]
-            prefill.append(PrefillRow(start, start + row.num_tokens, self._tensor(seen), mask))
+            slots = self._tensor(self._slots(row, 0))
+            prefill.append(PrefillRow(start, start + row.num_tokens, slots, mask))
             start += row.num_tokens
         return BatchMetadata(
             positions=self._tensor([position for row in rows for position in range(row.start, row.stop)]),
-            kv_slots=self._tensor([slot for row, seen in zip(rows, slots, strict=True) for slot in seen[row.start :]]),
+            kv_slots=self._tensor([slot for row in rows for slot in self._slots(row, row.start)]),
             num_decode=len(decode),
             decode_slots=decode_slots,
             decode_bias=bias.masked_fill_(hidden, -torch.inf),
@@ -79,11 +77,26 @@ class Runner:
             lora=self._describe_adapters(rows),
         )
 
-    def _slots(self, row: PlannedRow) -> list[int]:
-        """KV slots of the row's tokens up to `stop`."""
-        size = self._block_size
-        slots = [block * size + offset for block in row.sequence.blocks for offset in range(size)]
-        return slots[: row.stop]
+    def _describe_decode(self, rows: Rows[PlannedRow]) -> tuple[Tensor, Tensor]:
+        """Which places of the longest decode row each row must not see, and the slots, `(num_rows, longest)` both.
+
+        A hidden place repeats the row's first slot: a slot that was never written may hold another line's NaN,
+        which no mask would keep out of a sum.
+        """
+        longest = max((row.stop for row in rows), default=0)
+        num_blocks = -(-longest // self._block_size)
+        tables = [[*row.sequence.blocks, *row.sequence.blocks[:1] * num_blocks][:num_blocks] for row in rows]
+        stops = self._tensor([[row.stop] for row in rows]).view(-1, 1)
+        hidden = torch.arange(longest, device=self._decoder.device) >= stops
+        offsets = torch.arange(self._block_size, device=self._decoder.device)
+        blocks = self._tensor(tables).view(len(rows), num_blocks, 1)
+        slots = (blocks * self._block_size + offsets).flatten(1)[:, :longest]
+        return hidden, torch.where(hidden, slots[:, :1], slots) if longest else slots
+
+    def _slots(self, row: PlannedRow, start: int) -> list[int]:
+        """KV slots of the row's tokens `[start, row.stop)`."""
+        size, blocks = self._block_size, row.sequence.blocks
+        return [blocks[position // size] * size + position % size for position in range(start, row.stop)]
 
     def _describe_adapters(self, rows: Rows[PlannedRow]) -> LoraBatch | None:
         """Choose the pages this step needs, and mark for every token the ones its adapter owns."""
