@@ -5,26 +5,27 @@ The operators that pack weights are private to torch, so they are probed once an
 missing. Measurements in `kernels/README.md`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npc_kernels.batch import PAGE_RANK, BatchMetadata, LoraSpan
-from npc_kernels.reference import prefill_attention, rms_norm, silu_mul, write_kv
+from npc_kernels.batch import PAGE_RANK, BatchMetadata, LoraBatch, LoraSpan
+from npc_kernels.reference import HeadNorms, PlannedRow, attend_row, plan_rows, rms_norm, silu_mul, write_kv
 
 __all__ = [
     "Linear",
+    "Plan",
     "StackedPages",
     "apply_rope",
-    "lora_expand",
-    "lora_shrink",
+    "begin",
+    "finish_gate_up",
+    "finish_qkv",
+    "finish_residual",
     "paged_attention",
-    "rms_norm",
-    "silu_mul",
-    "stack_pages",
-    "write_kv",
+    "plan",
 ]
 
 PACK_ROWS = 8
@@ -63,81 +64,173 @@ def apply_rope(
     return torch.addcmul(wide * cosines, wide.roll(x.shape[-1] // 2, -1), sines).to(x.dtype)
 
 
-def paged_attention(
-    q: Tensor,  # (num_tokens, num_heads, head_dim)
-    k_cache: Tensor,  # (num_blocks, block_size, num_kv_heads, head_dim)
-    v_cache: Tensor,  # like k_cache
-    batch: BatchMetadata,
-) -> Tensor:  # (num_tokens, num_heads, head_dim)
-    """As the twin, with the decode rows' heads gathered side by side and multiplied twice."""
-    out = torch.empty_like(q)
-    if batch.num_decode:
-        out[: batch.num_decode] = _decode_attention(q[: batch.num_decode], k_cache, v_cache, batch)
-    prefill_attention(q, k_cache.flatten(0, 1), v_cache.flatten(0, 1), batch, out)
-    return out
+class Plan(NamedTuple):
+    """What this module wants to know about a step before its first layer."""
+
+    batch: BatchMetadata
+    cos: Tensor  # (num_tokens, head_dim / 2) float32
+    sin: Tensor  # (num_tokens, head_dim / 2) float32
+    rows: tuple[PlannedRow, ...]  # those with more than one token
+    decode_slots: Tensor  # (num_decode, max_seen) int64, short rows padded with their first slot
+    decode_bias: Tensor  # (num_decode, max_seen), 0 where a slot may be seen, -inf elsewhere
+    stack: "_Stack"
 
 
-def _decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata) -> Tensor:
-    num_rows, length = batch.decode_slots.shape
-    num_kv_heads, size = k_cache.shape[-2:]
-    heads = torch.arange(num_kv_heads, device=q.device)[:, None]
-    index = (batch.decode_slots[:, None] * num_kv_heads + heads).flatten()
-    keys = k_cache.view(-1, size).index_select(0, index).view(-1, length, size)
-    values = v_cache.view(-1, size).index_select(0, index).view(-1, length, size)
-    bias = batch.decode_bias[:, None].expand(-1, num_kv_heads, -1).reshape(-1, 1, length)
-    queries = q.reshape(num_rows * num_kv_heads, -1, size)
-    scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=size**-0.5)
-    return torch.bmm(scores.softmax(-1), values).view(num_rows, -1, size)
+class _Stack(NamedTuple):
+    """Pages of the pool as they were at `version`, packed."""
+
+    version: int
+    live: tuple[int, ...]
+    pages: "StackedPages | None"
+    mask: Tensor | None  # (num_tokens, num_live) bool
+
+
+def plan(batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: Any = None) -> Plan:
+    """Prepare a step. A slot that was never written may hold a NaN that no bias hides, hence the padding."""
+    num_seen = batch.positions[: batch.num_decode, None] + 1
+    offsets = torch.arange(batch.block_size)
+    slots = (batch.block_tables[: batch.num_decode, :, None] * batch.block_size + offsets).flatten(1)
+    slots = slots[:, : int(num_seen.max()) if batch.num_decode else 0]
+    hidden = torch.arange(slots.shape[1]) >= num_seen
+    return Plan(
+        batch,
+        cos[batch.positions],
+        sin[batch.positions],
+        tuple(plan_rows(batch, first=batch.num_decode)),
+        decode_slots=torch.where(hidden, slots[:, :1], slots),
+        decode_bias=torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf),
+        stack=_stack(batch.lora, previous.stack if previous is not None else _Stack(-1, (), None, None)),
+    )
+
+
+def _stack(lora: LoraBatch | None, kept: _Stack) -> _Stack:
+    """The live pages; kept, with pages of lines that are over, while at least half is in use."""
+    if lora is None:
+        return kept._replace(mask=None)
+    fits = kept.version == lora.version and set(lora.live) <= set(kept.live)
+    if not fits or len(kept.live) > 2 * len(lora.live):
+        kept = _Stack(lora.version, lora.live, StackedPages(lora.pool[list(lora.live)]), None)
+    mask = torch.zeros(len(lora.mask), len(kept.live), dtype=torch.bool)
+    mask[:, [kept.live.index(page) for page in lora.live]] = lora.mask
+    return kept._replace(mask=mask)
 
 
 class StackedPages:
     """The pages in use, regrouped so that a linear group's `A`, and each slice's `B`, is one packed matrix."""
 
-    def __init__(self, pages: Tensor, spans: Iterable[LoraSpan]) -> None:
-        self.num_live = len(pages)
+    def __init__(self, pages: Tensor) -> None:
+        self._pages = pages
         self._shrinks: dict[int, Linear] = {}
         self._expands: dict[int, list[Linear]] = {}
-        for span in spans:
-            self._shrinks[span.start] = Linear(pages[:, span.start : span.b_start].reshape(-1, span.in_features))
-            self._expands[span.start] = list(_expansions(pages, span))
 
     def shrink(self, span: LoraSpan) -> Linear:
         """All live `A` of the group: in_features to num_live * num_slices * 16."""
+        if span.start not in self._shrinks:
+            a = self._pages[:, span.start : span.b_start].reshape(-1, span.in_features)
+            self._shrinks[span.start] = Linear(a)
         return self._shrinks[span.start]
 
     def expand(self, span: LoraSpan) -> list[Linear]:
         """All live `B` of each slice: num_live * 16 to out_features."""
+        if span.start not in self._expands:
+            self._expands[span.start] = list(_expansions(self._pages, span))
         return self._expands[span.start]
 
 
-def stack_pages(
-    pages: Tensor,  # (num_live, page_elements)
-    spans: Iterable[LoraSpan],
-) -> StackedPages:
-    """Regroup the live pages; done when their set changes, not in every step."""
-    return StackedPages(pages, spans)
+def begin(hidden: Tensor, plan: Plan, weight: Tensor, eps: float) -> Tensor:
+    """As the twin."""
+    return rms_norm(hidden, weight, eps)
 
 
-def lora_shrink(
+def finish_qkv(
+    qkv: Tensor,  # (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim): what the linear made of x
+    x: Tensor,  # (num_tokens, hidden)
+    k_cache: Tensor,  # (num_blocks, block_size, num_kv_heads, head_dim), written
+    v_cache: Tensor,  # like k_cache, written
+    plan: Plan,
+    span: LoraSpan,
+    norms: HeadNorms,
+    *,
+    rotates: bool,
+) -> Tensor:  # (num_tokens, num_heads, head_dim)
+    """As the twin, queries and keys rotated together."""
+    _add_adapters(qkv, x, plan.stack, span)
+    num_kv_heads, head_dim = k_cache.shape[-2:]
+    heads = qkv.view(len(qkv), -1, head_dim)
+    num_heads = heads.shape[1] - 2 * num_kv_heads
+    qk, v = heads[:, :-num_kv_heads], heads[:, -num_kv_heads:]
+    if norms.q is not None and norms.k is not None:
+        normed = (rms_norm(qk[:, :num_heads], norms.q, norms.eps), rms_norm(qk[:, num_heads:], norms.k, norms.eps))
+        qk = torch.cat(normed, dim=1)
+    if rotates:
+        qk = apply_rope(qk, plan.cos, plan.sin)
+    write_kv(qk[:, num_heads:], v, k_cache, v_cache, plan.batch.kv_slots)
+    return qk[:, :num_heads]
+
+
+def paged_attention(
+    q: Tensor,  # (num_tokens, num_heads, head_dim)
+    k_cache: Tensor,  # (num_blocks, block_size, num_kv_heads, head_dim)
+    v_cache: Tensor,  # like k_cache
+    plan: Plan,
+) -> Tensor:  # (num_tokens, num_heads * head_dim)
+    """As the twin, with the decode rows' heads gathered side by side and multiplied twice."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    num_decode = plan.batch.num_decode
+    if num_decode:
+        out[:num_decode] = _decode_attention(q[:num_decode], k_cache, v_cache, plan)
+    for row in plan.rows:
+        out[row.start : row.stop] = attend_row(q[row.start : row.stop], k_cache, v_cache, row)
+    return out.flatten(1)
+
+
+def _decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Plan) -> Tensor:
+    num_rows, length = plan.decode_slots.shape
+    num_kv_heads, size = k_cache.shape[-2:]
+    heads = torch.arange(num_kv_heads)[:, None]
+    index = (plan.decode_slots[:, None] * num_kv_heads + heads).flatten()
+    keys = k_cache.view(-1, size).index_select(0, index).view(-1, length, size)
+    values = v_cache.view(-1, size).index_select(0, index).view(-1, length, size)
+    bias = plan.decode_bias.to(q.dtype)[:, None].expand(-1, num_kv_heads, -1).reshape(-1, 1, length)
+    queries = q.reshape(num_rows * num_kv_heads, -1, size)
+    scores = torch.baddbmm(bias, queries, keys.transpose(1, 2), alpha=size**-0.5)
+    return torch.bmm(scores.softmax(-1), values).view(num_rows, -1, size)
+
+
+def finish_residual(
+    out: Tensor,  # (num_tokens, hidden): what the linear made of x
     x: Tensor,  # (num_tokens, in_features)
-    pages: StackedPages,
-    mask: Tensor,  # (num_tokens, num_live) bool
+    hidden: Tensor,  # (num_tokens, hidden) float32, added to
+    plan: Plan,
     span: LoraSpan,
-) -> Tensor:  # (num_tokens, num_live, num_slices, 16)
-    """As the twin, with one packed product for the group."""
-    shrunk = pages.shrink(span)(x).view(-1, pages.num_live, span.num_slices, PAGE_RANK)
-    return shrunk.masked_fill_(~mask[:, :, None, None], 0)
+    weight: Tensor,  # (hidden,)
+    eps: float,
+) -> Tensor:  # (num_tokens, hidden)
+    """As the twin."""
+    _add_adapters(out, x, plan.stack, span)
+    hidden += out
+    return rms_norm(hidden, weight, eps)
 
 
-def lora_expand(
-    shrunk: Tensor,  # (num_tokens, num_live, num_slices, 16)
-    pages: StackedPages,
+def finish_gate_up(
+    gate_up: Tensor,  # (num_tokens, 2 * intermediate): what the linear made of x
+    x: Tensor,  # (num_tokens, hidden)
+    plan: Plan,
     span: LoraSpan,
-    out: Tensor,  # (num_tokens, sum(out_features)), added to
-) -> None:
-    """As the twin, with one packed product a slice."""
+) -> Tensor:  # (num_tokens, intermediate)
+    """As the twin."""
+    _add_adapters(gate_up, x, plan.stack, span)
+    return silu_mul(gate_up)
+
+
+def _add_adapters(out: Tensor, x: Tensor, stack: _Stack, span: LoraSpan) -> None:
+    """One packed product for all `A` of the group, one a slice for `B`."""
+    if stack.mask is None or stack.pages is None:
+        return
+    shrunk = stack.pages.shrink(span)(x).view(len(x), len(stack.live), span.num_slices, PAGE_RANK)
+    shrunk = shrunk.masked_fill_(~stack.mask[:, :, None, None], 0)
     column = 0
-    for index, expand in enumerate(pages.expand(span)):
+    for index, expand in enumerate(stack.pages.expand(span)):
         width = expand.shape[0]
         out[:, column : column + width].add_(expand(shrunk[:, :, index].flatten(1)))
         column += width

@@ -1,26 +1,38 @@
 """The torch twin of every kernel: the readable definition, and the oracle the fast ones are tested against.
 
 Plain torch, any device, any float dtype. A twin may be slow; it may not be clever.
+
+A layer is four base GEMMs, and behind each of them what `finish_qkv`, `paged_attention`, `finish_residual` and
+`finish_gate_up` compute: what the adapters add, and the row-wise work that follows it anyway.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npc_kernels.batch import PAGE_RANK, BatchMetadata, LoraSpan
+from npc_kernels.batch import PAGE_RANK, BatchMetadata, LoraBatch, LoraSpan
 
 __all__ = [
+    "HeadNorms",
     "Linear",
+    "Plan",
+    "PlannedRow",
     "apply_rope",
+    "attend_row",
+    "begin",
+    "finish_gate_up",
+    "finish_qkv",
+    "finish_residual",
     "lora_expand",
     "lora_shrink",
     "paged_attention",
-    "prefill_attention",
+    "plan",
+    "plan_rows",
     "rms_norm",
     "silu_mul",
-    "stack_pages",
     "write_kv",
 ]
 
@@ -44,15 +56,63 @@ class Linear:
         return F.linear(x, self.weight, self.bias)
 
 
+class HeadNorms(NamedTuple):
+    """How query and key heads are normalised before they are rotated (Qwen3); None: not at all."""
+
+    q: Tensor | None  # (head_dim,)
+    k: Tensor | None  # (head_dim,)
+    eps: float
+
+
+class PlannedRow(NamedTuple):
+    """A row of the step: its tokens `[start, stop)`, and the slots of all its tokens so far."""
+
+    start: int
+    stop: int
+    kv_slots: Tensor  # (num_seen,) int64
+    mask: Tensor  # (stop - start, num_seen) bool, True = may be seen
+
+
+class Plan(NamedTuple):
+    """What this module wants to know about a step before its first layer."""
+
+    batch: BatchMetadata
+    cos: Tensor  # (num_tokens, head_dim / 2) float32
+    sin: Tensor  # (num_tokens, head_dim / 2) float32
+    rows: tuple[PlannedRow, ...]
+
+
+def plan(
+    batch: BatchMetadata,
+    cos: Tensor,  # (context, head_dim / 2) float32
+    sin: Tensor,  # (context, head_dim / 2) float32
+    previous: Any = None,  # the plan of the step before
+) -> Plan:
+    """Prepare a step."""
+    return Plan(batch, cos[batch.positions], sin[batch.positions], tuple(plan_rows(batch, first=0)))
+
+
+def plan_rows(batch: BatchMetadata, *, first: int) -> Iterator[PlannedRow]:
+    """The step's rows from row `first` on."""
+    offsets = torch.arange(batch.block_size, device=batch.positions.device)
+    for row in range(first, len(batch.row_starts) - 1):
+        start, stop = batch.row_starts[row], batch.row_starts[row + 1]
+        positions = batch.positions[start:stop, None]
+        num_seen = int(positions[-1, 0]) + 1
+        blocks = batch.block_tables[row, : -(-num_seen // batch.block_size), None]
+        slots = (blocks * batch.block_size + offsets).flatten()[:num_seen]
+        yield PlannedRow(start, stop, slots, torch.arange(num_seen, device=slots.device) <= positions)
+
+
 def rms_norm(
     x: Tensor,  # (..., size)
     weight: Tensor,  # (size,)
     eps: float,
-) -> Tensor:  # (..., size)
+) -> Tensor:  # (..., size), of the weight's dtype
     """`x / sqrt(mean(x²) + eps) * weight`, the mean in float32 (Zhang & Sennrich 2019, eq. 4)."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+    return weight * wide.to(weight.dtype)
 
 
 def apply_rope(
@@ -82,39 +142,23 @@ def paged_attention(
     q: Tensor,  # (num_tokens, num_heads, head_dim)
     k_cache: Tensor,  # (num_blocks, block_size, num_kv_heads, head_dim)
     v_cache: Tensor,  # like k_cache
-    batch: BatchMetadata,
-) -> Tensor:  # (num_tokens, num_heads, head_dim)
+    plan: Plan,
+) -> Tensor:  # (num_tokens, num_heads * head_dim)
     """Causal attention of every row over its own KV slots.
 
-    `softmax(q kᵀ / sqrt(head_dim)) v`, query head `h` reading KV head `h // (num_heads / num_kv_heads)`. Rows with
-    one query are padded to the longest of them; rows with more are taken one by one, so that a long prompt costs
-    its own size and not its neighbours' too.
+    `softmax(q kᵀ / sqrt(head_dim)) v`, query head `h` reading KV head `h // (num_heads / num_kv_heads)`.
     """
-    keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
     out = torch.empty_like(q)
-    if batch.num_decode:
-        queries = q[: batch.num_decode, :, None]
-        seen = keys[batch.decode_slots].transpose(1, 2), values[batch.decode_slots].transpose(1, 2)
-        bias = batch.decode_bias[:, None, None]
-        decoded = F.scaled_dot_product_attention(queries, *seen, attn_mask=bias, enable_gqa=True)
-        out[: batch.num_decode] = decoded[:, :, 0]
-    prefill_attention(q, keys, values, batch, out)
-    return out
+    for row in plan.rows:
+        out[row.start : row.stop] = attend_row(q[row.start : row.stop], k_cache, v_cache, row)
+    return out.flatten(1)
 
 
-def prefill_attention(
-    q: Tensor,  # (num_tokens, num_heads, head_dim)
-    keys: Tensor,  # (num_slots, num_kv_heads, head_dim)
-    values: Tensor,  # like keys
-    batch: BatchMetadata,
-    out: Tensor,  # like q, written where prefill rows are
-) -> None:
-    """Attention of the rows with more than one query, one by one."""
-    for row in batch.prefill:
-        queries = q[None, row.start : row.stop].transpose(1, 2)
-        seen = keys[row.kv_slots][None].transpose(1, 2), values[row.kv_slots][None].transpose(1, 2)
-        read = F.scaled_dot_product_attention(queries, *seen, attn_mask=row.mask, enable_gqa=True)
-        out[row.start : row.stop] = read[0].transpose(0, 1)
+def attend_row(q: Tensor, k_cache: Tensor, v_cache: Tensor, row: PlannedRow) -> Tensor:
+    """Attention of one row's queries, `(num_queries, num_heads, head_dim)`, over what each may see."""
+    keys, values = (cache.flatten(0, 1)[row.kv_slots].transpose(0, 1)[None] for cache in (k_cache, v_cache))
+    read = F.scaled_dot_product_attention(q.transpose(0, 1)[None], keys, values, attn_mask=row.mask, enable_gqa=True)
+    return read[0].transpose(0, 1)
 
 
 def silu_mul(
@@ -125,39 +169,94 @@ def silu_mul(
     return F.silu(gate) * up
 
 
-def stack_pages(
-    pages: Tensor,  # (num_live, page_elements)
-    spans: Iterable[LoraSpan],
-) -> Tensor:  # (num_live, page_elements)
-    """Prepare the live pages for `lora_shrink` and `lora_expand`; the twin needs no preparation."""
-    return pages
-
-
 def lora_shrink(
     x: Tensor,  # (num_tokens, in_features)
-    pages: Tensor,  # (num_live, page_elements)
-    mask: Tensor,  # (num_tokens, num_live) bool
+    lora: LoraBatch,
     span: LoraSpan,
 ) -> Tensor:  # (num_tokens, num_live, num_slices, 16)
     """`A x` of every live page for every token, zero where the token's adapter does not own the page.
 
     The mask selects rather than multiplies, so that a neighbour's overflow cannot become this row's NaN.
     """
-    num_live = pages.shape[0]
-    a = pages[:, span.start : span.b_start].reshape(-1, span.in_features)
-    shrunk = (x @ a.T).view(-1, num_live, span.num_slices, PAGE_RANK)
-    return shrunk.masked_fill(~mask[:, :, None, None], 0)
+    a = lora.pool[list(lora.live), span.start : span.b_start].reshape(-1, span.in_features)
+    shrunk = (x @ a.T).view(-1, len(lora.live), span.num_slices, PAGE_RANK)
+    return shrunk.masked_fill(~lora.mask[:, :, None, None], 0)
 
 
 def lora_expand(
     shrunk: Tensor,  # (num_tokens, num_live, num_slices, 16)
-    pages: Tensor,  # (num_live, page_elements)
+    lora: LoraBatch,
     span: LoraSpan,
     out: Tensor,  # (num_tokens, sum(out_features)), added to
 ) -> None:
     """Add `B (A x)` to the base output, slice by slice; `B` carries the adapter's scaling."""
     column, offset = 0, span.b_start
     for index, width in enumerate(span.out_features):
-        b = pages[:, offset : offset + PAGE_RANK * width].reshape(-1, width)
+        b = lora.pool[list(lora.live), offset : offset + PAGE_RANK * width].reshape(-1, width)
         out[:, column : column + width].addmm_(shrunk[:, :, index].flatten(1), b)
         column, offset = column + width, offset + PAGE_RANK * width
+
+
+def begin(
+    hidden: Tensor,  # (num_tokens, hidden) float32
+    plan: Plan,
+    weight: Tensor,  # (hidden,)
+    eps: float,
+) -> Tensor:  # (num_tokens, hidden), of the weight's dtype
+    """The norm before the first linear."""
+    return rms_norm(hidden, weight, eps)
+
+
+def finish_qkv(
+    qkv: Tensor,  # (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim): what the linear made of x
+    x: Tensor,  # (num_tokens, hidden)
+    k_cache: Tensor,  # (num_blocks, block_size, num_kv_heads, head_dim), written
+    v_cache: Tensor,  # like k_cache, written
+    plan: Plan,
+    span: LoraSpan,
+    norms: HeadNorms,
+    *,
+    rotates: bool,
+) -> Tensor:  # (num_tokens, num_heads, head_dim)
+    """Adapters, head norms, RoPE; stores keys and values, returns the queries."""
+    _add_adapters(qkv, x, plan.batch, span)
+    num_kv_heads, head_dim = k_cache.shape[-2:]
+    heads = qkv.view(len(qkv), -1, head_dim)
+    q, k, v = heads[:, : -2 * num_kv_heads], heads[:, -2 * num_kv_heads : -num_kv_heads], heads[:, -num_kv_heads:]
+    if norms.q is not None and norms.k is not None:
+        q, k = rms_norm(q, norms.q, norms.eps), rms_norm(k, norms.k, norms.eps)
+    if rotates:
+        q, k = apply_rope(q, plan.cos, plan.sin), apply_rope(k, plan.cos, plan.sin)
+    write_kv(k, v, k_cache, v_cache, plan.batch.kv_slots)
+    return q
+
+
+def finish_residual(
+    out: Tensor,  # (num_tokens, hidden): what the linear made of x
+    x: Tensor,  # (num_tokens, in_features)
+    hidden: Tensor,  # (num_tokens, hidden) float32, added to
+    plan: Plan,
+    span: LoraSpan,
+    weight: Tensor,  # (hidden,)
+    eps: float,
+) -> Tensor:  # (num_tokens, hidden)
+    """Adapters, the residual stream, and the norm before the next linear."""
+    _add_adapters(out, x, plan.batch, span)
+    hidden += out
+    return rms_norm(hidden, weight, eps)
+
+
+def finish_gate_up(
+    gate_up: Tensor,  # (num_tokens, 2 * intermediate): what the linear made of x
+    x: Tensor,  # (num_tokens, hidden)
+    plan: Plan,
+    span: LoraSpan,
+) -> Tensor:  # (num_tokens, intermediate)
+    """Adapters, then SwiGLU."""
+    _add_adapters(gate_up, x, plan.batch, span)
+    return silu_mul(gate_up)
+
+
+def _add_adapters(out: Tensor, x: Tensor, batch: BatchMetadata, span: LoraSpan) -> None:
+    if batch.lora is not None:
+        lora_expand(lora_shrink(x, batch.lora, span), batch.lora, span, out)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from npc_kernels import cpu, reference
 from npc_kernels.batch import BatchMetadata, LoraSpan
+from npc_kernels.reference import HeadNorms
 from torch import Tensor
 
 from npc_runtime.errors import StartupError
@@ -81,42 +82,53 @@ class Kernels(Protocol):
         """A base linear; a class in each module."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Normalise by the root mean square."""
+    def plan(self, batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: Any = None) -> Any:
+        """Prepare a step; what it returns is `plan` below, and `previous` of the next step."""
         ...
 
-    def apply_rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate heads by their token's position."""
+    def begin(self, hidden: Tensor, plan: Any, weight: Tensor, eps: float) -> Tensor:
+        """The norm before the first linear."""
         ...
 
-    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, kv_slots: Tensor) -> None:
-        """Store keys and values in the paged cache."""
+    def finish_qkv(
+        self,
+        qkv: Tensor,
+        x: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        plan: Any,
+        span: LoraSpan,
+        norms: HeadNorms,
+        *,
+        rotates: bool,
+    ) -> Tensor:
+        """Adapters, head norms, RoPE; store keys and values."""
         ...
 
-    def paged_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: BatchMetadata) -> Tensor:
+    def paged_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Any) -> Tensor:
         """Attend each row to its own slots."""
         ...
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """Gate the second half by the first."""
+    def finish_residual(
+        self, out: Tensor, x: Tensor, hidden: Tensor, plan: Any, span: LoraSpan, weight: Tensor, eps: float
+    ) -> Tensor:
+        """Adapters, the residual stream, and the next norm."""
         ...
 
-    def stack_pages(self, pages: Tensor, spans: Iterable[LoraSpan]) -> Any:
-        """Prepare live adapter pages for the two below."""
-        ...
-
-    def lora_shrink(self, x: Tensor, pages: Any, mask: Tensor, span: LoraSpan) -> Tensor:
-        """Apply every token's own `A`."""
-        ...
-
-    def lora_expand(self, shrunk: Tensor, pages: Any, span: LoraSpan, out: Tensor) -> None:
-        """Add every token's own `B`."""
+    def finish_gate_up(self, gate_up: Tensor, x: Tensor, plan: Any, span: LoraSpan) -> Tensor:
+        """Adapters, then SwiGLU."""
         ...
 
 
 def choose_kernels(device: torch.device) -> Kernels:
     """The fastest kernels there are for a device."""
-    return cpu if device.type == "cpu" else reference
+    if device.type != "cpu":
+        return reference
+    try:
+        from npc_kernels import cpu_fused
+    except ImportError:  # numba has no build for every Python and processor
+        return cpu
+    return cpu_fused
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +182,7 @@ class KvCache:
 class _Layer:
     input_norm: Tensor
     qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    norms: HeadNorms
     o: Linear
     mlp_norm: Tensor
     gate_up: Linear
@@ -213,57 +224,30 @@ class Decoder:
         """The device of the weights."""
         return self.embedding.device
 
+    def plan(self, batch: BatchMetadata, previous: Any = None) -> Any:
+        """Prepare a step for `forward`; `previous` is the plan of the step before."""
+        return self.kernels.plan(batch, self._cos, self._sin, previous)
+
     def forward(
         self,
         token_ids: Tensor,  # (num_tokens,) int64
-        batch: BatchMetadata,
+        last_tokens: Tensor,  # (num_sampled,) int64
+        plan: Any,
         kv: KvCache,
     ) -> Tensor:  # (num_sampled, vocab) float32
         """One pass over all rows of the step: writes their keys and values, returns the wanted logits."""
         kernels, eps = self.kernels, self.shape.norm_eps
-        hidden = self.embedding[token_ids]
-        cos, sin = self._cos[batch.positions], self._sin[batch.positions]
-        for index, layer in enumerate(self._layers):
-            spans = self.layout.layers[index]
-            x = kernels.rms_norm(hidden, layer.input_norm, eps)
-            qkv = self._project(x, layer.qkv, batch, spans[0])
-            attended = self._attend(index, layer, qkv, cos, sin, batch, kv)
-            hidden = hidden + self._project(attended, layer.o, batch, spans[1])
-            x = kernels.rms_norm(hidden, layer.mlp_norm, eps)
-            x = kernels.silu_mul(self._project(x, layer.gate_up, batch, spans[2]))
-            hidden = hidden + self._project(x, layer.down, batch, spans[3])
-        return self.head(kernels.rms_norm(hidden[batch.last_tokens], self._norm, eps)).float()
-
-    def _project(self, x: Tensor, linear: Linear, batch: BatchMetadata, span: LoraSpan) -> Tensor:
-        """The base GEMM, and on top of it what each row's own adapter adds."""
-        out = linear(x)
-        if batch.lora is not None:
-            shrunk = self.kernels.lora_shrink(x, batch.lora.pages, batch.lora.mask, span)
-            self.kernels.lora_expand(shrunk, batch.lora.pages, span, out)
-        return out
-
-    def _attend(
-        self,
-        index: int,
-        layer: _Layer,
-        qkv: Tensor,  # (num_tokens, q_size + 2 * kv_size)
-        cos: Tensor,
-        sin: Tensor,
-        batch: BatchMetadata,
-        kv: KvCache,
-    ) -> Tensor:  # (num_tokens, q_size)
-        shape, kernels = self.shape, self.kernels
-        heads = qkv.view(-1, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
-        qk, v = heads[:, : -shape.num_kv_heads], heads[:, -shape.num_kv_heads :]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = kernels.rms_norm(qk[:, : shape.num_heads], layer.q_norm, shape.norm_eps)
-            k = kernels.rms_norm(qk[:, shape.num_heads :], layer.k_norm, shape.norm_eps)
-            qk = torch.cat((q, k), dim=1)
-        if layer.rotates:
-            qk = kernels.apply_rope(qk, cos, sin)
-        q, k = qk[:, : shape.num_heads], qk[:, shape.num_heads :]
-        kernels.write_kv(k, v, kv.keys[index], kv.values[index], batch.kv_slots)
-        return kernels.paged_attention(q, kv.keys[index], kv.values[index], batch).flatten(1)
+        hidden = self.embedding[token_ids].float()
+        x = kernels.begin(hidden, plan, self._layers[0].input_norm, eps)
+        next_norms = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
+        for index, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
+            spans, cache = self.layout.layers[index], (kv.keys[index], kv.values[index])
+            q = kernels.finish_qkv(layer.qkv(x), x, *cache, plan, spans[0], layer.norms, rotates=layer.rotates)
+            x = kernels.paged_attention(q, *cache, plan)
+            x = kernels.finish_residual(layer.o(x), x, hidden, plan, spans[1], layer.mlp_norm, eps)
+            x = kernels.finish_gate_up(layer.gate_up(x), x, plan, spans[2])
+            x = kernels.finish_residual(layer.down(x), x, hidden, plan, spans[3], next_norm, eps)
+        return self.head(x[last_tokens]).float()
 
 
 class _Weights:
@@ -311,8 +295,11 @@ def _take_layer(weights: _Weights, shape: ModelShape, index: int, *, rotates: bo
     return _Layer(
         input_norm=weights.take(f"{prefix}.input_layernorm.weight", shape.hidden),
         qkv=kernels.Linear(torch.cat(qkv), torch.cat(present) if len(present) == len(biases) else None),
-        q_norm=weights.take_optional(f"{attention}.q_norm.weight", shape.head_dim),
-        k_norm=weights.take_optional(f"{attention}.k_norm.weight", shape.head_dim),
+        norms=HeadNorms(
+            weights.take_optional(f"{attention}.q_norm.weight", shape.head_dim),
+            weights.take_optional(f"{attention}.k_norm.weight", shape.head_dim),
+            shape.norm_eps,
+        ),
         o=kernels.Linear(o, weights.take_optional(f"{attention}.o_proj.bias", shape.hidden)),
         mlp_norm=weights.take(f"{prefix}.post_attention_layernorm.weight", shape.hidden),
         gate_up=kernels.Linear(torch.cat(gate_up)),

@@ -1,0 +1,198 @@
+"""The fastest CPU path: oneDNN's GEMMs, and between two of them one compiled call for all rows.
+
+The same functions as `reference.py`. Adapter pages are read where they lie in the pool, row by row, so that nothing
+is regrouped when lines come and go. Needs numba; without it `cpu.py` does the same with torch's own operators.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npc_kernels.batch import BatchMetadata, LoraSpan
+from npc_kernels.cpu import Linear
+from npc_kernels.cpu_rows import TILE, Kernels, Work, compile_kernels
+from npc_kernels.openmp import run_on_all_threads
+from npc_kernels.reference import HeadNorms, PlannedRow, attend_row, plan_rows
+
+__all__ = [
+    "Linear",
+    "Plan",
+    "begin",
+    "finish_gate_up",
+    "finish_qkv",
+    "finish_residual",
+    "paged_attention",
+    "plan",
+]
+
+
+class Plan:
+    """A step, described for the compiled kernels: one struct, of which every call changes a few fields."""
+
+    def __init__(self, batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: "Plan | None") -> None:
+        self.num_threads = torch.get_num_threads()
+        self.rows: tuple[PlannedRow, ...] = tuple(plan_rows(batch, first=batch.num_decode))
+        self.work = Work()
+        self._counter = ctypes.c_int64()
+        self._kernels = previous._kernels if previous is not None else None
+        self._scratch: dict[str, Tensor] = previous._scratch if previous is not None else {}
+        self._kept: list[Tensor] = [cos, sin, batch.positions, batch.kv_slots, batch.block_tables]
+        self._describe_rows(batch, cos, sin)
+        self._describe_adapters(batch)
+
+    def run(self, name: str, num_items: int, dtype: torch.dtype) -> None:
+        """Run a kernel over so many items."""
+        if self._kernels is None:
+            self._kernels = compile_kernels("bfloat16" if dtype == torch.bfloat16 else "float32")
+        self.work.num_items = num_items
+        self._counter.value = 0
+        threads = min(self.num_threads, num_items)
+        run_on_all_threads(getattr(self._kernels, name).address, ctypes.addressof(self.work), threads)
+
+    def finish(self, name: str, out: Tensor, x: Tensor, span: LoraSpan, result: Tensor) -> Tensor:
+        """Run a kernel that takes what a linear made of x, over all tiles."""
+        work = self.work
+        work.out, work.width = out.data_ptr(), out.shape[1]
+        work.x, work.in_features = x.data_ptr(), x.shape[1]
+        work.span_start, work.num_slices = span.start, span.num_slices
+        work.slice0, work.slice1, work.slice2 = (*span.out_features, 0, 0)[:3]
+        work.wide_out = self.scratch("wide_out", work.num_tokens * work.width)
+        work.wide_x = self.scratch("wide_x", work.num_tokens * work.in_features)
+        work.result = result.data_ptr()
+        self.run(name, self.num_tiles, x.dtype)
+        return result
+
+    def scratch(self, name: str, size: int) -> int:
+        """Address of at least so many float32, kept from step to step."""
+        if name not in self._scratch or self._scratch[name].numel() < size:
+            self._scratch[name] = torch.empty(size, dtype=torch.float32)
+        return self._scratch[name].data_ptr()
+
+    def _describe_rows(self, batch: BatchMetadata, cos: Tensor, sin: Tensor) -> None:
+        work, num_tokens = self.work, len(batch.positions)
+        starts = batch.row_starts
+        tiles = list(range(batch.num_decode))
+        for row in range(batch.num_decode, len(starts) - 1):
+            tiles += range(starts[row], starts[row + 1] - TILE + 1, TILE)
+            tiles += range(starts[row + 1] - (starts[row + 1] - starts[row]) % TILE, starts[row + 1])
+        self.num_tiles = len(tiles)
+        work.tiles = self._keep(torch.tensor([*tiles, num_tokens]))
+        sizes = torch.tensor([stop - start for start, stop in zip(starts, starts[1:], strict=False)])
+        work.token_rows = self._keep(torch.arange(len(sizes)).repeat_interleave(sizes))
+        work.num_tokens, work.counter = num_tokens, ctypes.addressof(self._counter)
+        work.cos, work.sin = cos.data_ptr(), sin.data_ptr()
+        work.positions, work.kv_slots = batch.positions.data_ptr(), batch.kv_slots.data_ptr()
+        work.tables, work.max_blocks = batch.block_tables.data_ptr(), batch.block_tables.shape[1]
+        work.block_size = batch.block_size
+        self.num_decode = batch.num_decode
+        work.max_seen = int(batch.positions[: batch.num_decode].max()) + 1 if batch.num_decode else 0
+        work.shrunk = self.scratch("shrunk", 48 * num_tokens)
+
+    def _describe_adapters(self, batch: BatchMetadata) -> None:
+        lora, work = batch.lora, self.work
+        if lora is None:
+            work.num_live = 0
+            return
+        work.pool, work.page_size = lora.pool.data_ptr(), lora.pool.shape[1]
+        work.live, work.num_live = self._keep(torch.tensor(lora.live)), len(lora.live)
+        work.mask = self._keep(lora.mask.contiguous())
+
+    def _keep(self, tensor: Tensor) -> int:
+        """Address of a tensor that lives as long as the plan."""
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def plan(batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: Any = None) -> Plan:
+    """Prepare a step."""
+    return Plan(batch, cos, sin, previous)
+
+
+def begin(
+    hidden: Tensor,  # (num_tokens, size) float32, contiguous
+    plan: Plan,
+    weight: Tensor,  # (size,)
+    eps: float,
+) -> Tensor:  # (num_tokens, size), of the weight's dtype
+    """The norm before the first linear."""
+    result = torch.empty(hidden.shape, dtype=weight.dtype)
+    work = plan.work
+    work.hidden, work.width = hidden.data_ptr(), hidden.shape[1]
+    work.weight, work.eps, work.result = weight.data_ptr(), eps, result.data_ptr()
+    plan.run("norm", len(hidden), weight.dtype)
+    return result
+
+
+def finish_qkv(
+    qkv: Tensor,  # (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim): what the linear made of x
+    x: Tensor,  # (num_tokens, hidden)
+    k_cache: Tensor,  # (num_blocks, block_size, num_kv_heads, head_dim), written
+    v_cache: Tensor,  # like k_cache, written
+    plan: Plan,
+    span: LoraSpan,
+    norms: HeadNorms,
+    *,
+    rotates: bool,
+) -> Tensor:  # (num_tokens, num_heads, head_dim)
+    """As the twin."""
+    work = plan.work
+    work.num_kv_heads, work.head_dim = k_cache.shape[-2:]
+    work.num_heads = qkv.shape[1] // work.head_dim - 2 * work.num_kv_heads
+    work.keys, work.values = k_cache.data_ptr(), v_cache.data_ptr()
+    work.q_norm = 0 if norms.q is None else norms.q.data_ptr()
+    work.k_norm = 0 if norms.k is None else norms.k.data_ptr()
+    work.eps, work.rotates = norms.eps, rotates
+    result = torch.empty(len(qkv), work.num_heads, work.head_dim, dtype=qkv.dtype)
+    return plan.finish("qkv", qkv, x, span, result)
+
+
+def paged_attention(
+    q: Tensor,  # (num_tokens, num_heads, head_dim)
+    k_cache: Tensor,  # (num_blocks, block_size, num_kv_heads, head_dim)
+    v_cache: Tensor,  # like k_cache
+    plan: Plan,
+) -> Tensor:  # (num_tokens, num_heads * head_dim)
+    """As the twin: rows with one token by the compiled kernel, prompts by torch."""
+    result = torch.empty_like(q)
+    if plan.num_decode:
+        work = plan.work
+        work.num_kv_heads, work.head_dim = k_cache.shape[-2:]
+        work.num_heads = q.shape[1]
+        num_items = plan.num_decode * work.num_kv_heads
+        group = work.num_heads // work.num_kv_heads
+        work.x, work.result = q.data_ptr(), result.data_ptr()
+        work.keys, work.values = k_cache.data_ptr(), v_cache.data_ptr()
+        work.scores = plan.scratch("scores", num_items * group * work.max_seen)
+        work.wide_out = plan.scratch("wide_out", num_items * 2 * group * work.head_dim)
+        plan.run("attend", num_items, q.dtype)
+    for row in plan.rows:
+        result[row.start : row.stop] = attend_row(q[row.start : row.stop], k_cache, v_cache, row)
+    return result.flatten(1)
+
+
+def finish_residual(
+    out: Tensor,  # (num_tokens, hidden): what the linear made of x
+    x: Tensor,  # (num_tokens, in_features)
+    hidden: Tensor,  # (num_tokens, hidden) float32, added to
+    plan: Plan,
+    span: LoraSpan,
+    weight: Tensor,  # (hidden,)
+    eps: float,
+) -> Tensor:  # (num_tokens, hidden)
+    """As the twin."""
+    work = plan.work
+    work.hidden, work.weight, work.eps = hidden.data_ptr(), weight.data_ptr(), eps
+    return plan.finish("residual", out, x, span, torch.empty(out.shape, dtype=weight.dtype))
+
+
+def finish_gate_up(
+    gate_up: Tensor,  # (num_tokens, 2 * intermediate): what the linear made of x
+    x: Tensor,  # (num_tokens, hidden)
+    plan: Plan,
+    span: LoraSpan,
+) -> Tensor:  # (num_tokens, intermediate)
+    """As the twin."""
+    result = torch.empty(len(gate_up), gate_up.shape[1] // 2, dtype=gate_up.dtype)
+    return plan.finish("gate_up", gate_up, x, span, result)

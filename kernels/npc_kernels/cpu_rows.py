@@ -1,0 +1,460 @@
+"""What happens to the rows of a step between two base GEMMs, compiled by numba for the processor at hand.
+
+Each kernel takes its work from one struct and its items (tokens, tiles of tokens, attention heads) from a shared
+counter, so that any number of threads may run it side by side, one included. What it computes for a row depends
+on that row alone, to the last bit. Activations, caches and adapters are bfloat16 (read as uint16) or float32;
+everything is computed in float32.
+
+Everything compiled is in this one file: numba's cache looks at the time stamp of the file of the entry point only.
+"""
+
+import ctypes
+import math
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, from_dtype, njit, types
+from numba.extending import intrinsic
+
+__all__ = ["TILE", "Kernels", "Work", "compile_kernels"]
+
+TILE = 4
+"""Tokens of one row that share the reading of an adapter."""
+
+POINTERS = (
+    "counter num_items tiles num_tokens hidden x out result weight width "  # what is worked on
+    "pool page_size live num_live mask span_start in_features num_slices slice0 slice1 slice2 "  # adapters
+    "wide_x wide_out shrunk scores "  # scratch, float32
+    "q_norm k_norm rotates cos sin positions kv_slots keys values num_heads num_kv_heads head_dim "  # attention
+    "tables max_blocks block_size token_rows max_seen"
+).split()
+
+
+class Work(ctypes.Structure):
+    """Addresses and sizes, all int64, and the norm's epsilon; what each means is said where it is read."""
+
+    _fields_ = [*((name, ctypes.c_int64) for name in POINTERS), ("eps", ctypes.c_double)]  # noqa: RUF012
+
+
+_WORK = types.CPointer(from_dtype(np.dtype([*((name, "i8") for name in POINTERS), ("eps", "f8")])))
+_FAST = {"reassoc", "contract", "arcp", "nsz"}  # not nnan, ninf: an overflow must be seen at the logits
+F32 = np.float32
+
+
+@intrinsic
+def _pointer(_context: Any, _address: Any, dtype: Any) -> Any:
+    """An address as a pointer to numbers of a type."""
+    kind = types.CPointer(dtype.dtype)
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(types.int64, dtype), generate
+
+
+@intrinsic
+def _next(_context: Any, _counter: Any) -> Any:
+    """Take the next item: add one to the counter that all threads share, return what it was."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.CPointer(types.int64)), generate
+
+
+@intrinsic
+def _as_float(_context: Any, _bits: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def _wide(_context: Any, value: Any) -> Any:
+    """A stored number as float32; a bfloat16 is the upper half of one."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if value != types.uint16:
+            return args[0]
+        bits = builder.zext(args[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(bits, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(value), generate
+
+
+@intrinsic
+def _narrow(_context: Any, _value: Any, dtype: Any) -> Any:
+    """A float32 as it is stored; a bfloat16 is rounded to nearest, ties to even."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        if dtype.dtype != types.uint16:
+            return args[0]
+        word = ir.IntType(32)
+        bits = builder.bitcast(args[0], word)
+        is_odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+        rounded = builder.add(builder.add(bits, ir.Constant(word, 0x7FFF)), is_odd)
+        return builder.trunc(builder.lshr(rounded, ir.Constant(word, 16)), ir.IntType(16))
+
+    return dtype.dtype(types.float32, dtype), generate
+
+
+@njit(inline="always")
+def _array(address: Any, shape: Any, dtype: Any) -> Any:
+    return carray(_pointer(address, dtype), shape)
+
+
+@njit(fastmath=_FAST, inline="always")
+def _exp(x: Any) -> Any:
+    """e^x to about 2 ulp in operations that vectorise (Cephes expf: Cody-Waite reduction, degree 6)."""
+    x = min(max(x, F32(-87.0)), F32(88.0))
+    n = math.floor(x * F32(1.44269504) + F32(0.5))
+    r = x - n * F32(0.693359375) + n * F32(2.12194440e-4)
+    p = F32(1.9875691500e-4)
+    p = p * r + F32(1.3981999507e-3)
+    p = p * r + F32(8.3334519073e-3)
+    p = p * r + F32(4.1665795894e-2)
+    p = p * r + F32(1.6666665459e-1)
+    p = p * r + F32(5.0000001201e-1)
+    return (p * r * r + r + F32(1)) * _as_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+
+
+@njit(fastmath=_FAST)
+def _shrink_tile(x: Any, a: Any, shrunk: Any, t: Any) -> None:
+    """`A x` of four tokens, so that `A` is read and widened once."""
+    size = x.shape[1]
+    for rank in range(0, a.shape[0], 2):
+        s00 = s01 = s10 = s11 = s20 = s21 = s30 = s31 = F32(0)
+        for k in range(size):
+            a0, a1 = _wide(a[rank, k]), _wide(a[rank + 1, k])
+            x0, x1, x2, x3 = x[t, k], x[t + 1, k], x[t + 2, k], x[t + 3, k]
+            s00 += a0 * x0
+            s01 += a1 * x0
+            s10 += a0 * x1
+            s11 += a1 * x1
+            s20 += a0 * x2
+            s21 += a1 * x2
+            s30 += a0 * x3
+            s31 += a1 * x3
+        shrunk[t, rank], shrunk[t, rank + 1] = s00, s01
+        shrunk[t + 1, rank], shrunk[t + 1, rank + 1] = s10, s11
+        shrunk[t + 2, rank], shrunk[t + 2, rank + 1] = s20, s21
+        shrunk[t + 3, rank], shrunk[t + 3, rank + 1] = s30, s31
+
+
+@njit(fastmath=_FAST)
+def _shrink_token(x: Any, a: Any, shrunk: Any, t: Any) -> None:
+    """`A x` of one token, four ranks at a time."""
+    size = x.shape[1]
+    for rank in range(0, a.shape[0], 4):
+        s0 = s1 = s2 = s3 = F32(0)
+        for k in range(size):
+            value = x[t, k]
+            s0 += value * _wide(a[rank, k])
+            s1 += value * _wide(a[rank + 1, k])
+            s2 += value * _wide(a[rank + 2, k])
+            s3 += value * _wide(a[rank + 3, k])
+        shrunk[t, rank], shrunk[t, rank + 1], shrunk[t, rank + 2], shrunk[t, rank + 3] = s0, s1, s2, s3
+
+
+@njit(fastmath=_FAST)
+def _expand_token(out: Any, b: Any, s: Any) -> None:
+    """`out += B s` for one token and slice, eight ranks at a time."""
+    for rank in range(0, 16, 8):
+        s0, s1, s2, s3 = s[rank], s[rank + 1], s[rank + 2], s[rank + 3]
+        s4, s5, s6, s7 = s[rank + 4], s[rank + 5], s[rank + 6], s[rank + 7]
+        b0, b1, b2, b3 = b[rank], b[rank + 1], b[rank + 2], b[rank + 3]
+        b4, b5, b6, b7 = b[rank + 4], b[rank + 5], b[rank + 6], b[rank + 7]
+        for n in range(out.shape[0]):
+            low = s0 * _wide(b0[n]) + s1 * _wide(b1[n]) + s2 * _wide(b2[n]) + s3 * _wide(b3[n])
+            high = s4 * _wide(b4[n]) + s5 * _wide(b5[n]) + s6 * _wide(b6[n]) + s7 * _wide(b7[n])
+            out[n] += low + high
+
+
+@njit(fastmath=_FAST)
+def _finish_linear(w: Any, start: Any, stop: Any, dtype: Any) -> Any:
+    """Rows `[start, stop)` of what a linear returned, in float32, with what their adapter adds.
+
+    All tokens of a tile wear the same adapter, so the first one's mask speaks for them.
+    """
+    out = _array(w.out, (w.num_tokens, w.width), dtype)
+    wide_out = _array(w.wide_out, (w.num_tokens, w.width), np.float32)
+    for t in range(start, stop):
+        for n in range(w.width):
+            wide_out[t, n] = _wide(out[t, n])
+    mask = _array(w.mask, (w.num_tokens, w.num_live), np.uint8)
+    live = _array(w.live, (w.num_live,), np.int64)
+    x = _array(w.x, (w.num_tokens, w.in_features), dtype)
+    wide_x = _array(w.wide_x, (w.num_tokens, w.in_features), np.float32)
+    shrunk = _array(w.shrunk, (w.num_tokens, 48), np.float32)
+    is_loaded = False
+    for column in range(w.num_live):
+        if mask[start, column] == 0:
+            continue
+        if not is_loaded:
+            for t in range(start, stop):
+                for k in range(w.in_features):
+                    wide_x[t, k] = _wide(x[t, k])
+            is_loaded = True
+        page = _array(w.pool, (live[column] + 1, w.page_size), dtype)[live[column]]
+        b_start = w.span_start + w.num_slices * 16 * w.in_features
+        a = page[w.span_start : b_start].reshape(w.num_slices * 16, w.in_features)
+        if stop - start == TILE:
+            _shrink_tile(wide_x, a, shrunk, start)
+        else:
+            for t in range(start, stop):
+                _shrink_token(wide_x, a, shrunk, t)
+        first = 0
+        for index in range(w.num_slices):
+            size = w.slice0 if index == 0 else (w.slice1 if index == 1 else w.slice2)
+            b = page[b_start : b_start + 16 * size].reshape(16, size)
+            for t in range(start, stop):
+                _expand_token(wide_out[t, first : first + size], b, shrunk[t, 16 * index : 16 * index + 16])
+            b_start += 16 * size
+            first += size
+    return wide_out
+
+
+@njit(fastmath=_FAST)
+def _normalise(row: Any, weight: Any, eps: Any, result: Any, dtype: Any) -> None:
+    """RMS norm of one row."""
+    total = F32(0)
+    for k in range(row.shape[0]):
+        total += row[k] * row[k]
+    factor = F32(1) / math.sqrt(total / F32(row.shape[0]) + F32(eps))
+    for k in range(row.shape[0]):
+        result[k] = _narrow(row[k] * factor * _wide(weight[k]), dtype)
+
+
+@njit(fastmath=_FAST)
+def _norm(work: Any, dtype: Any) -> None:
+    """The norm before the first linear: `result = rms_norm(hidden)`."""
+    w = carray(work, 1)[0]
+    hidden = _array(w.hidden, (w.num_tokens, w.width), np.float32)
+    result = _array(w.result, (w.num_tokens, w.width), dtype)
+    weight = _array(w.weight, (w.width,), dtype)
+    counter = _pointer(w.counter, np.int64)
+    item = _next(counter)
+    while item < w.num_items:
+        _normalise(hidden[item], weight, w.eps, result[item], dtype)
+        item = _next(counter)
+
+
+@njit(fastmath=_FAST)
+def _residual(work: Any, dtype: Any) -> None:
+    """`hidden += out + adapters(x); result = rms_norm(hidden)`."""
+    w = carray(work, 1)[0]
+    tiles = _array(w.tiles, (w.num_items + 1,), np.int64)
+    hidden = _array(w.hidden, (w.num_tokens, w.width), np.float32)
+    result = _array(w.result, (w.num_tokens, w.width), dtype)
+    weight = _array(w.weight, (w.width,), dtype)
+    counter = _pointer(w.counter, np.int64)
+    item = _next(counter)
+    while item < w.num_items:
+        out = _finish_linear(w, tiles[item], tiles[item + 1], dtype)
+        for t in range(tiles[item], tiles[item + 1]):
+            row, added = hidden[t], out[t]
+            for n in range(w.width):
+                row[n] += added[n]
+            _normalise(row, weight, w.eps, result[t], dtype)
+        item = _next(counter)
+
+
+@njit(fastmath=_FAST)
+def _gate_up(work: Any, dtype: Any) -> None:
+    """`result = silu(gate) * up` of `out + adapters(x)`."""
+    w = carray(work, 1)[0]
+    tiles = _array(w.tiles, (w.num_items + 1,), np.int64)
+    size = w.width // 2
+    result = _array(w.result, (w.num_tokens, size), dtype)
+    counter = _pointer(w.counter, np.int64)
+    item = _next(counter)
+    while item < w.num_items:
+        out = _finish_linear(w, tiles[item], tiles[item + 1], dtype)
+        for t in range(tiles[item], tiles[item + 1]):
+            gates, ups, row = out[t, :size], out[t, size:], result[t]
+            for n in range(size):
+                gate = gates[n]
+                row[n] = _narrow(gate / (F32(1) + _exp(-gate)) * ups[n], dtype)
+        item = _next(counter)
+
+
+@njit(fastmath=_FAST)
+def _normalise_head(head: Any, weight: Any, eps: Any) -> None:
+    total = F32(0)
+    for d in range(head.shape[0]):
+        total += head[d] * head[d]
+    factor = F32(1) / math.sqrt(total / F32(head.shape[0]) + F32(eps))
+    for d in range(head.shape[0]):
+        head[d] = head[d] * factor * _wide(weight[d])
+
+
+@njit(fastmath=_FAST)
+def _qkv(work: Any, dtype: Any) -> None:
+    """Head norms and RoPE of `out + adapters(x)`; queries to `result`, keys and values to their slots."""
+    w = carray(work, 1)[0]
+    tiles = _array(w.tiles, (w.num_items + 1,), np.int64)
+    size, num_q, num_kv = w.head_dim, w.num_heads, w.num_kv_heads
+    half = size // 2
+    queries = _array(w.result, (w.num_tokens, num_q * size), dtype)
+    positions = _array(w.positions, (w.num_tokens,), np.int64)
+    slots = _array(w.kv_slots, (w.num_tokens,), np.int64)
+    counter = _pointer(w.counter, np.int64)
+    item = _next(counter)
+    while item < w.num_items:
+        out = _finish_linear(w, tiles[item], tiles[item + 1], dtype)
+        for t in range(tiles[item], tiles[item + 1]):
+            if w.q_norm != 0:
+                for head in range(num_q + num_kv):
+                    weight = _array(w.q_norm if head < num_q else w.k_norm, (size,), dtype)
+                    _normalise_head(out[t, head * size : (head + 1) * size], weight, w.eps)
+            if w.rotates != 0:
+                angle = positions[t] * half
+                cos = _array(w.cos, (angle + half,), np.float32)[angle:]
+                sin = _array(w.sin, (angle + half,), np.float32)[angle:]
+                for head in range(num_q + num_kv):
+                    row = out[t, head * size : (head + 1) * size]
+                    for d in range(half):
+                        first, second = row[d], row[d + half]
+                        row[d] = first * cos[d] - second * sin[d]
+                        row[d + half] = second * cos[d] + first * sin[d]
+            row, query = out[t], queries[t]
+            for d in range(num_q * size):
+                query[d] = _narrow(row[d], dtype)
+            kv_size = num_kv * size
+            key = _array(w.keys, ((slots[t] + 1) * kv_size,), dtype)[slots[t] * kv_size :]
+            value = _array(w.values, ((slots[t] + 1) * kv_size,), dtype)[slots[t] * kv_size :]
+            for d in range(kv_size):
+                key[d] = _narrow(row[num_q * size + d], dtype)
+                value[d] = _narrow(row[num_q * size + kv_size + d], dtype)
+        item = _next(counter)
+
+
+@njit(fastmath=_FAST)
+def _weigh(scores: Any) -> Any:
+    """Scores to unnormalised weights; returns what they sum to, NaN if any score is."""
+    best, check = scores[0], F32(0)
+    for p in range(scores.shape[0]):
+        best = max(best, scores[p])
+        check += scores[p]
+    total = F32(0)
+    for p in range(scores.shape[0]):
+        weight = _exp(scores[p] - best)
+        scores[p] = weight
+        total += weight
+    return total if check == check else check
+
+
+@njit(fastmath=_FAST)
+def _attend(work: Any, dtype: Any) -> None:
+    """Attention of one token's query heads that share a KV head, over all slots up to the token's own."""
+    w = carray(work, 1)[0]
+    size, num_kv = w.head_dim, w.num_kv_heads
+    group = w.num_heads // num_kv
+    scale = F32(1) / math.sqrt(F32(size))
+    queries = _array(w.x, (w.num_tokens, w.num_heads * size), dtype)
+    result = _array(w.result, (w.num_tokens, w.num_heads * size), dtype)
+    scores = _array(w.scores, (w.num_items, group, w.max_seen), np.float32)
+    wide = _array(w.wide_out, (w.num_items, 2 * group, size), np.float32)
+    positions = _array(w.positions, (w.num_tokens,), np.int64)
+    token_rows = _array(w.token_rows, (w.num_tokens,), np.int64)
+    counter = _pointer(w.counter, np.int64)
+    item = _next(counter)
+    while item < w.num_items:
+        t, kv_head = item // num_kv, item % num_kv
+        num_seen = positions[t] + 1
+        table = _array(w.tables, ((token_rows[t] + 1) * w.max_blocks,), np.int64)[token_rows[t] * w.max_blocks :]
+        for h in range(group):
+            head = wide[item, h]
+            query = queries[t, (kv_head * group + h) * size : (kv_head * group + h + 1) * size]
+            for d in range(size):
+                head[d] = _wide(query[d]) * scale
+                wide[item, group + h, d] = F32(0)
+        for p in range(num_seen):
+            slot = table[p // w.block_size] * w.block_size + p % w.block_size
+            place = (slot * num_kv + kv_head) * size
+            key = _array(w.keys, (place + size,), dtype)[place:]
+            for h in range(group):
+                head, score = wide[item, h], F32(0)
+                for d in range(size):
+                    score += head[d] * _wide(key[d])
+                scores[item, h, p] = score
+        for h in range(group):
+            wide[item, h, 0] = F32(1) / _weigh(scores[item, h, :num_seen])
+        for p in range(num_seen):
+            slot = table[p // w.block_size] * w.block_size + p % w.block_size
+            place = (slot * num_kv + kv_head) * size
+            value = _array(w.values, (place + size,), dtype)[place:]
+            for h in range(group):
+                read, weight = wide[item, group + h], scores[item, h, p]
+                for d in range(size):
+                    read[d] += weight * _wide(value[d])
+        for h in range(group):
+            read, factor = wide[item, group + h], wide[item, h, 0]
+            row = result[t, (kv_head * group + h) * size : (kv_head * group + h + 1) * size]
+            for d in range(size):
+                row[d] = _narrow(read[d] * factor, dtype)
+        item = _next(counter)
+
+
+def _norm_bfloat16(work: Any) -> None:
+    _norm(work, np.uint16)
+
+
+def _residual_bfloat16(work: Any) -> None:
+    _residual(work, np.uint16)
+
+
+def _gate_up_bfloat16(work: Any) -> None:
+    _gate_up(work, np.uint16)
+
+
+def _qkv_bfloat16(work: Any) -> None:
+    _qkv(work, np.uint16)
+
+
+def _attend_bfloat16(work: Any) -> None:
+    _attend(work, np.uint16)
+
+
+def _norm_float32(work: Any) -> None:
+    _norm(work, np.float32)
+
+
+def _residual_float32(work: Any) -> None:
+    _residual(work, np.float32)
+
+
+def _gate_up_float32(work: Any) -> None:
+    _gate_up(work, np.float32)
+
+
+def _qkv_float32(work: Any) -> None:
+    _qkv(work, np.float32)
+
+
+def _attend_float32(work: Any) -> None:
+    _attend(work, np.float32)
+
+
+class Kernels(NamedTuple):
+    """Compiled functions of a pointer to `Work`."""
+
+    norm: Any
+    residual: Any
+    gate_up: Any
+    qkv: Any
+    attend: Any
+
+
+def compile_kernels(dtype: Literal["bfloat16", "float32"]) -> Kernels:
+    """Compile for weights of a dtype.
+
+    The first call on a machine takes seconds; numba keeps the result beside this file or in the user's cache.
+    """
+    entries = {
+        "bfloat16": (_norm_bfloat16, _residual_bfloat16, _gate_up_bfloat16, _qkv_bfloat16, _attend_bfloat16),
+        "float32": (_norm_float32, _residual_float32, _gate_up_float32, _qkv_float32, _attend_float32),
+    }[dtype]
+    return Kernels(*(cfunc(types.void(_WORK), fastmath=_FAST, cache=True)(entry) for entry in entries))
