@@ -1,16 +1,27 @@
 """Draws follow the distribution that a line asked for, and depend on its own seed and position alone."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
+from npc_kernels import cpu, cpu_fused, reference
+from npc_kernels.cpu import NUM_CANDIDATES
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from npc_runtime.engine.core import Request, SamplingParams, Sequence
-from npc_runtime.engine.sampler import NUM_CANDIDATES, sample, uniform
+from npc_runtime.engine import sampler
+from npc_runtime.engine.sampler import uniform
 
 NO_EOS = frozenset()
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, 0.0, 1.0, -3.0, 0.7])
 NUM_DRAWS = 4_000
+
+
+@pytest.fixture(params=[reference, cpu, cpu_fused], ids=["reference", "cpu", "fused"])
+def sample(request):
+    """`sample` with each module's draw."""
+    return functools.partial(sampler.sample, draw=request.param.draw)
 
 
 def make_row(seed=0, prompt=(), output=(), **sampling):
@@ -19,14 +30,14 @@ def make_row(seed=0, prompt=(), output=(), **sampling):
     return Sequence(request, output_ids=list(output))
 
 
-def draw_many(logits, **sampling):
+def draw_many(sample, logits, **sampling):
     """The share of each token in many draws, one seed each."""
     rows = [make_row(seed, **sampling) for seed in range(NUM_DRAWS)]
     tokens = sample(logits.expand(NUM_DRAWS, -1).clone(), rows, NO_EOS)
     return np.bincount(tokens, minlength=len(logits)) / NUM_DRAWS
 
 
-def reference(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+def plain(logits, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """The same in plain numpy: first k, then the fewest that reach p of their sum, then all above min-p."""
     scores = logits.double().numpy() / temperature
     probabilities = np.exp(scores - scores.max())
@@ -65,7 +76,7 @@ def test_uniform_differs_by_seed_and_position():
 # -- one row -------------------------------------------------------------------------------------------------
 
 
-def test_no_temperature_is_the_best_token():
+def test_no_temperature_is_the_best_token(sample):
     torch.manual_seed(0)
     logits = torch.randn(16, 50)
     rows = [make_row(seed, temperature=0.0, top_k=3, min_p=0.5) for seed in range(16)]
@@ -90,9 +101,9 @@ def test_no_temperature_is_the_best_token():
     ],
     ids=str,
 )
-def test_draws_follow_the_distribution(settings):
-    expected = reference(LOGITS, **settings)
-    shares = draw_many(LOGITS, **settings)
+def test_draws_follow_the_distribution(settings, sample):
+    expected = plain(LOGITS, **settings)
+    shares = draw_many(sample, LOGITS, **settings)
     assert set(np.flatnonzero(expected > 0.005)) <= set(np.flatnonzero(shares)) <= set(np.flatnonzero(expected))
     assert abs(shares - expected).sum() / 2 < 0.03
 
@@ -108,12 +119,12 @@ def test_draws_follow_the_distribution(settings):
     ],
     ids=str,
 )
-def test_a_flat_distribution_reaches_beyond_the_candidates(settings):
+def test_a_flat_distribution_reaches_beyond_the_candidates(settings, sample):
     """The tokens that can be drawn, by walking the whole distribution; close logits, but no two alike."""
     logits = torch.linspace(0.0, 0.5, 3_000)
     rows = [make_row(seed, **settings) for seed in range(NUM_DRAWS)]
     drawn = sample(logits.expand(NUM_DRAWS, -1).clone(), rows, NO_EOS)
-    possible = np.flatnonzero(reference(logits, **settings))
+    possible = np.flatnonzero(plain(logits, **settings))
     assert min(drawn) >= possible.min()
     assert min(drawn) < possible.min() + 60
     assert max(drawn) > 2_940
@@ -131,13 +142,13 @@ def test_a_flat_distribution_reaches_beyond_the_candidates(settings):
     ],
     ids=str,
 )
-def test_the_extremes_that_the_protocol_allows_give_the_best_token(settings):
+def test_the_extremes_that_the_protocol_allows_give_the_best_token(settings, sample):
     assert sample(20 * LOGITS[None], [make_row(prompt=[1], **settings)], NO_EOS) == [0]
 
 
 @pytest.mark.parametrize("penalty", [1e-40, 1e-300])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_extreme_penalty_gives_a_token(penalty, temperature):
+def test_an_extreme_penalty_gives_a_token(penalty, temperature, sample):
     row = make_row(prompt=[0, 1], repetition_penalty=penalty, temperature=temperature)
     assert sample(LOGITS[None].clone(), [row], NO_EOS) == [0]
 
@@ -149,27 +160,28 @@ def test_the_penalty_is_that_of_transformers(penalty):
     prompt, output = [3, 5, 5, 8], [8, 13]
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + output]), logits.clone())
     changed = logits.clone()
-    sample(changed, [make_row(prompt=prompt, output=output, repetition_penalty=penalty)], NO_EOS)
+    row = make_row(prompt=prompt, output=output, repetition_penalty=penalty)
+    sampler.sample(changed, [row], NO_EOS, draw=lambda logits, settings: torch.zeros(1))
     torch.testing.assert_close(changed, expected)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(("num_output", "is_banned"), [(0, True), (1, True), (2, False)])
-def test_no_end_token_before_min_tokens(num_output, is_banned, temperature):
+def test_no_end_token_before_min_tokens(num_output, is_banned, temperature, sample):
     logits = torch.tensor([[0.0, 50.0, 49.0, 1.0]])
     row = make_row(output=[3] * num_output, min_tokens=2, temperature=temperature)
     [token] = sample(logits, [row], frozenset({1, 2}))
     assert (token not in (1, 2)) == is_banned
 
 
-def test_min_tokens_of_a_base_without_an_end_token():
+def test_min_tokens_of_a_base_without_an_end_token(sample):
     assert sample(LOGITS[None].clone(), [make_row(min_tokens=5, temperature=0.0)], NO_EOS) == [0]
 
 
 # -- many rows -----------------------------------------------------------------------------------------------
 
 
-def test_a_seed_replays_and_another_does_not():
+def test_a_seed_replays_and_another_does_not(sample):
     def line(seed):
         return [sample(LOGITS[None].clone(), [make_row(seed, output=[0] * n)], NO_EOS)[0] for n in range(30)]
 
@@ -182,7 +194,7 @@ def test_a_seed_replays_and_another_does_not():
 @pytest.mark.parametrize(
     "settings", [{"top_p": 0.9}, {"top_k": 40}, {"temperature": 0.3}, {"top_k": 1_100, "top_p": 0.9}], ids=str
 )
-def test_a_row_does_not_depend_on_its_batch_mates(settings, step):
+def test_a_row_does_not_depend_on_its_batch_mates(settings, step, sample):
     """The mates need the whole vocabulary sorted. With bfloat16 weights many logits are equal."""
     torch.manual_seed(2)
     logits = 4 * torch.randn(20, 3_000)
@@ -193,3 +205,29 @@ def test_a_row_does_not_depend_on_its_batch_mates(settings, step):
     others = torch.stack([torch.linspace(0, 1, 3_000), torch.linspace(0, 9, 3_000)])
     together = sample(torch.cat([others, logits]), [*mates, *rows], NO_EOS)
     assert together[2:] == alone
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_that_overflowed_is_told_and_harms_nobody(settings, value, sample):
+    logits = torch.randn(3, 500)
+    logits[1, 77] = value
+    rows = [make_row(seed, **settings) for seed in range(3)]
+    tokens = sample(logits.clone(), rows, NO_EOS)
+    assert tokens[1] == -1
+    assert [tokens[0], tokens[2]] == [sample(logits[n : n + 1].clone(), [rows[n]], NO_EOS)[0] for n in (0, 2)]
+
+
+@pytest.mark.parametrize("step", [None, 0.125], ids=["distinct-logits", "equal-logits"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 7}, {"top_p": 0.7}, {"top_k": 40, "top_p": 0.9, "min_p": 0.05}], ids=str
+)
+def test_all_modules_draw_the_same_tokens(settings, step):
+    """A seed replays a line on another machine, but for draws that fall onto a rounding error."""
+    torch.manual_seed(3)
+    logits = 3 * torch.randn(200, 3_000)
+    logits = logits if step is None else (logits / step).round() * step
+    rows = [make_row(seed, **settings) for seed in range(200)]
+    chosen = [sampler.sample(logits.clone(), rows, NO_EOS, draw=m.draw) for m in (reference, cpu, cpu_fused)]
+    for other in chosen[1:]:
+        assert sum(a != b for a, b in zip(chosen[0], other, strict=True)) <= 2

@@ -13,7 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from npc_kernels.batch import PAGE_RANK, BatchMetadata, LoraBatch, LoraSpan
-from npc_kernels.reference import HeadNorms, PlannedRow, attend_row, plan_rows, rms_norm, silu_mul, write_kv
+from npc_kernels.reference import (
+    MIN_TEMPERATURE,
+    HeadNorms,
+    PlannedRow,
+    Settings,
+    attend_row,
+    pick,
+    plan_rows,
+    rms_norm,
+    silu_mul,
+    write_kv,
+)
+from npc_kernels.reference import draw as reference_draw
 
 __all__ = [
     "Linear",
@@ -21,12 +33,16 @@ __all__ = [
     "StackedPages",
     "apply_rope",
     "begin",
+    "draw",
     "finish_gate_up",
     "finish_qkv",
     "finish_residual",
     "paged_attention",
     "plan",
 ]
+
+NUM_CANDIDATES = 256
+"""Top logits looked at before a full sort is needed; real nuclei are far smaller."""
 
 PACK_ROWS = 8
 """Rows that oneDNN is told to expect when it chooses a layout; 8 was as good as the exact number at 1 and 32."""
@@ -234,6 +250,45 @@ def _add_adapters(out: Tensor, x: Tensor, stack: _Stack, span: LoraSpan) -> None
         width = expand.shape[0]
         out[:, column : column + width].add_(expand(shrunk[:, :, index].flatten(1)))
         column += width
+
+
+def draw(logits: Tensor, settings: Settings) -> Tensor:
+    """As the twin, looking at the largest logits only, unless some row wants more of them."""
+    vocab = logits.shape[1]
+    is_cut = (settings.top_k < vocab) | (settings.top_p < 1)
+    tokens = torch.empty(len(logits), dtype=torch.long)
+    for rows, choose in ((is_cut.nonzero()[:, 0], _draw_cut), ((~is_cut).nonzero()[:, 0], _draw_whole)):
+        if len(rows):
+            tokens[rows] = choose(logits[rows], Settings(*(values[rows] for values in settings)))
+    return tokens
+
+
+def _draw_whole(logits: Tensor, settings: Settings) -> Tensor:
+    """Rows without top-k and top-p: nothing to sort."""
+    temperature, _, _, min_p, draws = (values.to(torch.float32)[:, None] for values in settings)
+    best = logits.max(dim=-1, keepdim=True)
+    weights = ((logits - best.values) / temperature.clamp(min=MIN_TEMPERATURE)).exp()
+    chosen = pick(weights.masked_fill_(weights < min_p, 0), draws)
+    chosen = torch.where(temperature[:, 0] == 0, best.indices[:, 0], chosen)
+    return chosen.where(torch.isfinite(best.values[:, 0]), -1)
+
+
+def _draw_cut(logits: Tensor, settings: Settings) -> Tensor:
+    """Draw among the candidates where they hold the row's top-k or nucleus; else sort it all."""
+    vocab = logits.shape[1]
+    candidates = logits.topk(min(NUM_CANDIDATES, vocab), dim=-1).indices.sort(dim=-1).values
+    heads = logits.gather(1, candidates)
+    temperature = settings.temperature.float().clamp(min=MIN_TEMPERATURE)[:, None]
+    mass = ((heads / temperature).logsumexp(-1) - (logits / temperature).logsumexp(-1)).exp()
+    is_whole = settings.top_k < vocab  # a top-k is a share of itself, a nucleus of everything
+    fits = torch.where(is_whole, settings.top_k <= candidates.shape[1], mass > settings.top_p + 1e-4)
+    nucleus = torch.where(is_whole, settings.top_p, settings.top_p / mass)
+    index = reference_draw(heads, settings._replace(top_p=nucleus))
+    chosen = candidates.gather(1, index.clamp(min=0)[:, None])[:, 0].where(index >= 0, -1)
+    rest = (~fits & (settings.temperature > 0)).nonzero()[:, 0]
+    if len(rest):
+        chosen[rest] = reference_draw(logits[rest], Settings(*(values[rest] for values in settings)))
+    return chosen
 
 
 def _expansions(pages: Tensor, span: LoraSpan) -> Iterator[Linear]:

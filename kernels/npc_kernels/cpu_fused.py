@@ -12,14 +12,15 @@ from torch import Tensor
 
 from npc_kernels.batch import BatchMetadata, LoraSpan
 from npc_kernels.cpu import Linear
-from npc_kernels.cpu_rows import TILE, Kernels, Work, compile_kernels
+from npc_kernels.cpu_rows import TILE, Work, compile_kernels
 from npc_kernels.openmp import run_on_all_threads
-from npc_kernels.reference import HeadNorms, PlannedRow, attend_row, plan_rows
+from npc_kernels.reference import HeadNorms, PlannedRow, Settings, attend_row, plan_rows
 
 __all__ = [
     "Linear",
     "Plan",
     "begin",
+    "draw",
     "finish_gate_up",
     "finish_qkv",
     "finish_residual",
@@ -36,7 +37,6 @@ class Plan:
         self.rows: tuple[PlannedRow, ...] = tuple(plan_rows(batch, first=batch.num_decode))
         self.work = Work()
         self._counter = ctypes.c_int64()
-        self._kernels = previous._kernels if previous is not None else None
         self._scratch: dict[str, Tensor] = previous._scratch if previous is not None else {}
         self._kept: list[Tensor] = [cos, sin, batch.positions, batch.kv_slots, batch.block_tables]
         self._describe_rows(batch, cos, sin)
@@ -44,12 +44,11 @@ class Plan:
 
     def run(self, name: str, num_items: int, dtype: torch.dtype) -> None:
         """Run a kernel over so many items."""
-        if self._kernels is None:
-            self._kernels = compile_kernels("bfloat16" if dtype == torch.bfloat16 else "float32")
+        kernels = compile_kernels("bfloat16" if dtype == torch.bfloat16 else "float32")
         self.work.num_items = num_items
         self._counter.value = 0
         threads = min(self.num_threads, num_items)
-        run_on_all_threads(getattr(self._kernels, name).address, ctypes.addressof(self.work), threads)
+        run_on_all_threads(getattr(kernels, name).address, ctypes.addressof(self.work), threads)
 
     def finish(self, name: str, out: Tensor, x: Tensor, span: LoraSpan, result: Tensor) -> Tensor:
         """Run a kernel that takes what a linear made of x, over all tiles."""
@@ -196,3 +195,18 @@ def finish_gate_up(
     """As the twin."""
     result = torch.empty(len(gate_up), gate_up.shape[1] // 2, dtype=gate_up.dtype)
     return plan.finish("gate_up", gate_up, x, span, result)
+
+
+def draw(
+    logits: Tensor,  # (num_rows, vocab) float32, overwritten
+    settings: Settings,
+) -> Tensor:  # (num_rows,) int64
+    """As the twin."""
+    table = torch.stack(list(settings), dim=1)
+    tokens = torch.empty(len(logits), dtype=torch.long)
+    counter = ctypes.c_int64()
+    work = Work(hidden=logits.data_ptr(), x=table.data_ptr(), result=tokens.data_ptr())
+    work.counter, work.num_items, work.width = ctypes.addressof(counter), len(logits), logits.shape[1]
+    kernel = compile_kernels("float32").draw.address
+    run_on_all_threads(kernel, ctypes.addressof(work), min(torch.get_num_threads(), len(logits)))
+    return tokens

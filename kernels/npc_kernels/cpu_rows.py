@@ -9,6 +9,7 @@ Everything compiled is in this one file: numba's cache looks at the time stamp o
 """
 
 import ctypes
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,8 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, from_dtype, njit, types
 from numba.extending import intrinsic
+
+from npc_kernels.reference import MIN_TEMPERATURE
 
 __all__ = ["TILE", "Kernels", "Work", "compile_kernels"]
 
@@ -109,7 +112,7 @@ def _array(address: Any, shape: Any, dtype: Any) -> Any:
 def _exp(x: Any) -> Any:
     """e^x to about 2 ulp in operations that vectorise (Cephes expf: Cody-Waite reduction, degree 6)."""
     x = min(max(x, F32(-87.0)), F32(88.0))
-    n = math.floor(x * F32(1.44269504) + F32(0.5))
+    n = np.floor(x * F32(1.44269504) + F32(0.5))
     r = x - n * F32(0.693359375) + n * F32(2.12194440e-4)
     p = F32(1.9875691500e-4)
     p = p * r + F32(1.3981999507e-3)
@@ -346,55 +349,151 @@ def _weigh(scores: Any) -> Any:
     return total if check == check else check
 
 
+@njit(fastmath=_FAST, inline="always")
+def _attend_item(w: Any, item: Any, size: Any, dtype: Any) -> None:
+    """One token's query heads that share a KV head; `size` is a constant where it is inlined."""
+    num_kv = w.num_kv_heads
+    group = w.num_heads // num_kv
+    t, kv_head = item // num_kv, item % num_kv
+    queries = _array(w.x, (w.num_tokens, num_kv, group, size), dtype)[t, kv_head]
+    result = _array(w.result, (w.num_tokens, num_kv, group, size), dtype)[t, kv_head]
+    scores = _array(w.scores, (w.num_items, group, w.max_seen), np.float32)[item]
+    wide = _array(w.wide_out, (w.num_items, 2, group, size), np.float32)[item]
+    num_seen = _array(w.positions, (w.num_tokens,), np.int64)[t] + 1
+    row = _array(w.token_rows, (w.num_tokens,), np.int64)[t]
+    table = _array(w.tables, (row + 1, w.max_blocks), np.int64)[row]
+    num_slots = (table[: -(-num_seen // w.block_size)].max() + 1) * w.block_size
+    keys = _array(w.keys, (num_slots, num_kv, size), dtype)
+    values = _array(w.values, (num_slots, num_kv, size), dtype)
+    scale = F32(1) / math.sqrt(F32(size))
+    for h in range(group):
+        for d in range(size):
+            wide[0, h, d] = _wide(queries[h, d]) * scale
+            wide[1, h, d] = F32(0)
+    for p in range(num_seen):
+        slot = table[p // w.block_size] * w.block_size + p % w.block_size
+        for h in range(group):
+            score = F32(0)
+            for d in range(size):
+                score += wide[0, h, d] * _wide(keys[slot, kv_head, d])
+            scores[h, p] = score
+    for h in range(group):
+        factor = F32(1) / _weigh(scores[h, :num_seen])
+        for p in range(num_seen):
+            slot = table[p // w.block_size] * w.block_size + p % w.block_size
+            weight = scores[h, p] * factor
+            for d in range(size):
+                wide[1, h, d] += weight * _wide(values[slot, kv_head, d])
+        for d in range(size):
+            result[h, d] = _narrow(wide[1, h, d], dtype)
+
+
 @njit(fastmath=_FAST)
 def _attend(work: Any, dtype: Any) -> None:
-    """Attention of one token's query heads that share a KV head, over all slots up to the token's own."""
+    """Attention of single tokens over all slots up to their own; the usual head sizes as constants."""
     w = carray(work, 1)[0]
-    size, num_kv = w.head_dim, w.num_kv_heads
-    group = w.num_heads // num_kv
-    scale = F32(1) / math.sqrt(F32(size))
-    queries = _array(w.x, (w.num_tokens, w.num_heads * size), dtype)
-    result = _array(w.result, (w.num_tokens, w.num_heads * size), dtype)
-    scores = _array(w.scores, (w.num_items, group, w.max_seen), np.float32)
-    wide = _array(w.wide_out, (w.num_items, 2 * group, size), np.float32)
-    positions = _array(w.positions, (w.num_tokens,), np.int64)
-    token_rows = _array(w.token_rows, (w.num_tokens,), np.int64)
     counter = _pointer(w.counter, np.int64)
     item = _next(counter)
     while item < w.num_items:
-        t, kv_head = item // num_kv, item % num_kv
-        num_seen = positions[t] + 1
-        table = _array(w.tables, ((token_rows[t] + 1) * w.max_blocks,), np.int64)[token_rows[t] * w.max_blocks :]
-        for h in range(group):
-            head = wide[item, h]
-            query = queries[t, (kv_head * group + h) * size : (kv_head * group + h + 1) * size]
-            for d in range(size):
-                head[d] = _wide(query[d]) * scale
-                wide[item, group + h, d] = F32(0)
-        for p in range(num_seen):
-            slot = table[p // w.block_size] * w.block_size + p % w.block_size
-            place = (slot * num_kv + kv_head) * size
-            key = _array(w.keys, (place + size,), dtype)[place:]
-            for h in range(group):
-                head, score = wide[item, h], F32(0)
-                for d in range(size):
-                    score += head[d] * _wide(key[d])
-                scores[item, h, p] = score
-        for h in range(group):
-            wide[item, h, 0] = F32(1) / _weigh(scores[item, h, :num_seen])
-        for p in range(num_seen):
-            slot = table[p // w.block_size] * w.block_size + p % w.block_size
-            place = (slot * num_kv + kv_head) * size
-            value = _array(w.values, (place + size,), dtype)[place:]
-            for h in range(group):
-                read, weight = wide[item, group + h], scores[item, h, p]
-                for d in range(size):
-                    read[d] += weight * _wide(value[d])
-        for h in range(group):
-            read, factor = wide[item, group + h], wide[item, h, 0]
-            row = result[t, (kv_head * group + h) * size : (kv_head * group + h + 1) * size]
-            for d in range(size):
-                row[d] = _narrow(read[d] * factor, dtype)
+        if w.head_dim == 64:
+            _attend_item(w, item, 64, dtype)
+        elif w.head_dim == 128:
+            _attend_item(w, item, 128, dtype)
+        else:
+            _attend_item(w, item, w.head_dim, dtype)
+        item = _next(counter)
+
+
+@njit(fastmath=_FAST)
+def _sum_from(weights: Any, threshold: Any, counts: Any) -> Any:
+    """How many weights are at least the threshold (`counts`), or what they sum to."""
+    total = F32(0)
+    for i in range(weights.shape[0]):
+        kept = F32(1) if counts else weights[i]
+        total += kept if weights[i] >= threshold else F32(0)
+    return total
+
+
+@njit(fastmath=_FAST)
+def _cut(weights: Any, goal: Any, counts: Any) -> None:
+    """Keep the largest weights, the fewest whose count or sum reaches the goal; of equal ones the first.
+
+    The smallest kept weight is found by bisection over the bit patterns of floats, which sort like the floats.
+    """
+    low, high = np.uint32(0), np.uint32(0x3F800001)  # all weights reach the goal; those above 1 do not
+    while high - low > 1:
+        middle = low + (high - low) // np.uint32(2)
+        if _sum_from(weights, _as_float(np.uint32(middle)), counts) >= goal:
+            low = middle
+        else:
+            high = middle
+    smallest = _as_float(np.uint32(low))
+    missing = goal - _sum_from(weights, _as_float(np.uint32(high)), counts)
+    num_equal = max(int(math.ceil(missing if counts else missing / max(smallest, F32(1e-38)))), 1)
+    for i in range(weights.shape[0]):
+        if weights[i] == smallest and num_equal > 0:
+            num_equal -= 1
+        elif weights[i] <= smallest:
+            weights[i] = F32(0)
+
+
+@njit(fastmath=_FAST)
+def _pick(weights: Any, draw: Any) -> Any:
+    """The first token at which the running sum of weights exceeds `draw` times their sum."""
+    total = 0.0
+    for start in range(0, weights.shape[0], 256):
+        total += weights[start : start + 256].sum()
+    goal, last = draw * total, 0
+    for start in range(0, weights.shape[0], 256):
+        block = weights[start : start + 256]
+        in_block = block.sum()
+        if in_block > 0:
+            for i in range(block.shape[0]):
+                if block[i] > 0:
+                    last = start + i
+                    if in_block > goal and block[: i + 1].sum() > goal:
+                        return last
+        goal -= in_block
+    return last
+
+
+@njit(fastmath=_FAST)
+def _draw_row(logits: Any, settings: Any) -> Any:
+    temperature, top_k, top_p, min_p, draw = settings
+    best, check = logits[0], F32(0)
+    for i in range(logits.shape[0]):
+        best = max(best, logits[i])
+        check += logits[i]
+    if check != check or best == np.inf or best == -np.inf:
+        return -1
+    if temperature == 0:
+        for i in range(logits.shape[0]):
+            if logits[i] == best:
+                return i
+    inverse = F32(1 / max(temperature, MIN_TEMPERATURE))
+    for i in range(logits.shape[0]):
+        scaled = (logits[i] - best) * inverse
+        logits[i] = _exp(scaled) if scaled > F32(-80) else F32(0)
+    if top_k < logits.shape[0]:
+        _cut(logits, F32(top_k), True)
+    if top_p < 1:
+        _cut(logits, F32(top_p) * _sum_from(logits, F32(0), False), False)
+    for i in range(logits.shape[0]):
+        logits[i] = logits[i] if logits[i] >= F32(min_p) else F32(0)
+    return _pick(logits, draw)
+
+
+def _draw(work: Any) -> None:
+    """`result[row]` = the token drawn from `hidden[row]`, which is overwritten; settings of five float64 in `x`."""
+    w = carray(work, 1)[0]
+    logits = _array(w.hidden, (w.num_items, w.width), np.float32)
+    settings = _array(w.x, (w.num_items, 5), np.float64)
+    result = _array(w.result, (w.num_items,), np.int64)
+    counter = _pointer(w.counter, np.int64)
+    item = _next(counter)
+    while item < w.num_items:
+        row = settings[item]
+        result[item] = _draw_row(logits[item], (row[0], row[1], row[2], row[3], row[4]))
         item = _next(counter)
 
 
@@ -446,15 +545,17 @@ class Kernels(NamedTuple):
     gate_up: Any
     qkv: Any
     attend: Any
+    draw: Any
 
 
+@functools.cache
 def compile_kernels(dtype: Literal["bfloat16", "float32"]) -> Kernels:
     """Compile for weights of a dtype.
 
     The first call on a machine takes seconds; numba keeps the result beside this file or in the user's cache.
     """
     entries = {
-        "bfloat16": (_norm_bfloat16, _residual_bfloat16, _gate_up_bfloat16, _qkv_bfloat16, _attend_bfloat16),
-        "float32": (_norm_float32, _residual_float32, _gate_up_float32, _qkv_float32, _attend_float32),
+        "bfloat16": (_norm_bfloat16, _residual_bfloat16, _gate_up_bfloat16, _qkv_bfloat16, _attend_bfloat16, _draw),
+        "float32": (_norm_float32, _residual_float32, _gate_up_float32, _qkv_float32, _attend_float32, _draw),
     }[dtype]
     return Kernels(*(cfunc(types.void(_WORK), fastmath=_FAST, cache=True)(entry) for entry in entries))

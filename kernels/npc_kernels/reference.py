@@ -16,25 +16,33 @@ from torch import Tensor
 from npc_kernels.batch import PAGE_RANK, BatchMetadata, LoraBatch, LoraSpan
 
 __all__ = [
+    "MIN_TEMPERATURE",
     "HeadNorms",
     "Linear",
     "Plan",
     "PlannedRow",
+    "Settings",
     "apply_rope",
     "attend_row",
     "begin",
+    "draw",
     "finish_gate_up",
     "finish_qkv",
     "finish_residual",
     "lora_expand",
     "lora_shrink",
     "paged_attention",
+    "pick",
     "plan",
     "plan_rows",
     "rms_norm",
     "silu_mul",
     "write_kv",
 ]
+
+
+MIN_TEMPERATURE = 1e-4
+"""Below it float32 has nothing left to choose from; the best token is taken."""
 
 
 class Linear:
@@ -255,6 +263,50 @@ def finish_gate_up(
     """Adapters, then SwiGLU."""
     _add_adapters(gate_up, x, plan.batch, span)
     return silu_mul(gate_up)
+
+
+class Settings(NamedTuple):
+    """How each row is sampled; all `(num_rows,)` float64 on the device of the logits."""
+
+    temperature: Tensor  # 0: the best token
+    top_k: Tensor  # the vocabulary's size or more: off
+    top_p: Tensor
+    min_p: Tensor
+    draws: Tensor  # in [0, 1)
+
+
+def draw(
+    logits: Tensor,  # (num_rows, vocab) float32, may be overwritten
+    settings: Settings,
+) -> Tensor:  # (num_rows,) int64, -1 where the best logit is not finite or any is NaN
+    """Draw from softmax(logits / temperature): of the first k, the fewest that reach p; of those, all above min-p.
+
+    Of equal logits the token with the lower number is the larger. The draw walks the kept tokens by their number.
+    """
+    temperature, top_k, top_p, min_p, draws = (values.to(torch.float32)[:, None] for values in settings)
+    best = logits.max(dim=-1)
+    values, tokens = (logits / temperature.clamp(min=MIN_TEMPERATURE)).sort(dim=-1, descending=True, stable=True)
+    probabilities = values.softmax(dim=-1)
+    rank = torch.arange(values.shape[1], device=values.device)
+    kept = probabilities.masked_fill(rank >= top_k, 0)
+    before = kept.cumsum(-1) - kept
+    kept = kept.masked_fill((before >= top_p * kept.sum(-1, keepdim=True)) & (top_p < 1) & (rank > 0), 0)
+    kept = kept.masked_fill(probabilities < min_p * probabilities[:, :1], 0)
+    chosen = pick(torch.zeros_like(kept).scatter(1, tokens, kept), draws)
+    chosen = torch.where(temperature[:, 0] == 0, best.indices, chosen)
+    return chosen.where(torch.isfinite(best.values), -1)
+
+
+def pick(
+    weights: Tensor,  # (num_rows, num_candidates)
+    draws: Tensor,  # (num_rows, 1)
+) -> Tensor:  # (num_rows,)
+    """The first candidate at which the running sum of weights exceeds the draw's share of their sum."""
+    cumulative = weights.cumsum(-1)
+    index = (cumulative <= draws * cumulative[:, -1:]).sum(-1)
+    # Rounding can push the goal onto the sum itself; the last candidate that still has weight takes it.
+    last = torch.where(weights > 0, torch.arange(weights.shape[1], device=weights.device), 0).amax(-1)
+    return index.minimum(last)
 
 
 def _add_adapters(out: Tensor, x: Tensor, batch: BatchMetadata, span: LoraSpan) -> None:

@@ -191,8 +191,7 @@ class Engine:
         events += [self._started(sequence, started_at, len(rows)) for sequence in new]
         logits = self._runner.forward(rows)
         sampling = [row.sequence for row in rows if row.samples]
-        is_sound = torch.isfinite(logits.amax(dim=-1)).tolist()
-        tokens = sample(logits, sampling, self._tokenizer.eos_ids)
+        tokens = sample(logits, sampling, self._tokenizer.eos_ids, self._runner.draw)
         now = self._clock()
         self._scheduler.computed(rows)
         for row in rows:
@@ -200,9 +199,9 @@ class Engine:
             row.sequence.sum_rows += len(rows)
         self._recent.append((started_at, now, len(tokens)))
         self._num_generated += len(tokens)
-        for sequence, token, sound in zip(sampling, tokens, is_sound, strict=True):
+        for sequence, token in zip(sampling, tokens, strict=True):
             try:
-                if not sound:
+                if token < 0:
                     raise _overflow(sequence)
                 events += self._say(sequence, token, now)
             except Exception as error:  # of this line's text alone; its neighbours go on

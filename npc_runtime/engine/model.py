@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from npc_kernels import cpu, reference
 from npc_kernels.batch import BatchMetadata, LoraSpan
-from npc_kernels.reference import HeadNorms
+from npc_kernels.reference import HeadNorms, Settings
 from torch import Tensor
 
 from npc_runtime.errors import StartupError
@@ -117,6 +117,10 @@ class Kernels(Protocol):
 
     def finish_gate_up(self, gate_up: Tensor, x: Tensor, plan: Any, span: LoraSpan) -> Tensor:
         """Adapters, then SwiGLU."""
+        ...
+
+    def draw(self, logits: Tensor, settings: Settings) -> Tensor:
+        """Sample every row; -1 where the logits are not finite."""
         ...
 
 

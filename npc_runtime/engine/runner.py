@@ -31,6 +31,7 @@ class Runner:
             device=decoder.device,
         )
         self._plan: Any = None  # of the last step; kernels keep what they prepared in it
+        self.draw = decoder.kernels.draw
         self.num_forwards = 0
 
     @torch.inference_mode()
