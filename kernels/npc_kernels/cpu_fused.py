@@ -12,7 +12,7 @@ from torch import Tensor
 
 from npc_kernels.batch import BatchMetadata, LoraSpan
 from npc_kernels.cpu import Linear
-from npc_kernels.cpu_rows import TILE, Work, compile_kernels
+from npc_kernels.cpu_rows import CHUNK, TILE, Work, compile_kernels
 from npc_kernels.openmp import run_on_all_threads
 from npc_kernels.reference import HeadNorms, PlannedRow, Settings, attend_row, plan_rows
 
@@ -159,13 +159,14 @@ def paged_attention(
         work = plan.work
         work.num_kv_heads, work.head_dim = k_cache.shape[-2:]
         work.num_heads = q.shape[1]
-        num_items = plan.num_decode * work.num_kv_heads
-        group = work.num_heads // work.num_kv_heads
+        # Whole tokens read the cache in one stream; few tokens are shared out by their heads.
+        work.num_parts = 1 if plan.num_decode >= plan.num_threads else work.num_kv_heads
         work.x, work.result = q.data_ptr(), result.data_ptr()
         work.keys, work.values = k_cache.data_ptr(), v_cache.data_ptr()
-        work.scores = plan.scratch("scores", num_items * group * work.max_seen)
-        work.wide_out = plan.scratch("wide_out", num_items * 2 * group * work.head_dim)
-        plan.run("attend", num_items, q.dtype)
+        work.scores = plan.scratch("scores", work.num_tokens * work.num_heads * work.max_seen)
+        work.wide_out = plan.scratch("wide_out", 2 * work.num_tokens * work.num_heads * work.head_dim)
+        work.wide_x = plan.scratch("wide_x", work.num_tokens * work.num_kv_heads * CHUNK * work.head_dim)
+        plan.run("attend", plan.num_decode * work.num_parts, q.dtype)
     for row in plan.rows:
         result[row.start : row.stop] = attend_row(q[row.start : row.stop], k_cache, v_cache, row)
     return result.flatten(1)

@@ -20,17 +20,20 @@ from numba.extending import intrinsic
 
 from npc_kernels.reference import MIN_TEMPERATURE
 
-__all__ = ["TILE", "Kernels", "Work", "compile_kernels"]
+__all__ = ["CHUNK", "TILE", "Kernels", "Work", "compile_kernels"]
 
 TILE = 4
 """Tokens of one row that share the reading of an adapter."""
+
+CHUNK = 32
+"""Positions whose keys or values are widened at once; enough to be worth a loop, few enough for the processor's first cache."""
 
 POINTERS = (
     "counter num_items tiles num_tokens hidden x out result weight width "  # what is worked on
     "pool page_size live num_live mask span_start in_features num_slices slice0 slice1 slice2 "  # adapters
     "wide_x wide_out shrunk scores "  # scratch, float32
     "q_norm k_norm rotates cos sin positions kv_slots keys values num_heads num_kv_heads head_dim "  # attention
-    "tables max_blocks block_size token_rows max_seen"
+    "tables max_blocks block_size token_rows max_seen num_parts"
 ).split()
 
 
@@ -335,72 +338,120 @@ def _qkv(work: Any, dtype: Any) -> None:
 
 
 @njit(fastmath=_FAST)
-def _weigh(scores: Any) -> Any:
-    """Scores to unnormalised weights; returns what they sum to, NaN if any score is."""
+def _weigh(scores: Any) -> None:
+    """Softmax in place; all NaN if any score is."""
     best, check = scores[0], F32(0)
     for p in range(scores.shape[0]):
         best = max(best, scores[p])
         check += scores[p]
     total = F32(0)
     for p in range(scores.shape[0]):
-        weight = _exp(scores[p] - best)
-        scores[p] = weight
-        total += weight
-    return total if check == check else check
+        scores[p] = _exp(scores[p] - best)
+        total += scores[p]
+    factor = F32(1) / total if check == check else check
+    for p in range(scores.shape[0]):
+        scores[p] *= factor
 
 
-@njit(fastmath=_FAST, inline="always")
-def _attend_item(w: Any, item: Any, size: Any, dtype: Any) -> None:
-    """One token's query heads that share a KV head; `size` is a constant where it is inlined."""
-    num_kv = w.num_kv_heads
+# The loops of attention are functions of plain matrices, which LLVM turns into far better code than one large nest.
+
+
+@njit(fastmath=_FAST)
+def _widen(stored: Any, wide: Any) -> None:
+    for d in range(stored.shape[0]):
+        wide[d] = _wide(stored[d])
+
+
+@njit(fastmath=_FAST)
+def _dot_all(query: Any, keys: Any, scores: Any) -> None:
+    """`scores = keys @ query`."""
+    for p in range(scores.shape[0]):
+        score = F32(0)
+        for d in range(query.shape[0]):
+            score += query[d] * keys[p, d]
+        scores[p] = score
+
+
+@njit(fastmath=_FAST)
+def _add_weighted(weights: Any, values: Any, read: Any) -> None:
+    """`read += weights @ values`, four positions for each time that `read` is loaded and stored."""
+    num_fours = weights.shape[0] // 4 * 4
+    for p in range(0, num_fours, 4):
+        w0, w1, w2, w3 = weights[p], weights[p + 1], weights[p + 2], weights[p + 3]
+        v0, v1, v2, v3 = values[p], values[p + 1], values[p + 2], values[p + 3]
+        for d in range(read.shape[0]):
+            read[d] += (w0 * v0[d] + w1 * v1[d]) + (w2 * v2[d] + w3 * v3[d])
+    for p in range(num_fours, weights.shape[0]):
+        weight, value = weights[p], values[p]
+        for d in range(read.shape[0]):
+            read[d] += weight * value[d]
+
+
+@njit(fastmath=_FAST)
+def _load_chunk(cache: Any, table: Any, block_size: Any, span: Any, heads: Any, chunk: Any) -> None:
+    """Positions `span` of some heads to float32; arrays stay whole, since a slice may not look contiguous to LLVM."""
+    for p in range(span[0], span[1]):
+        slot = table[p // block_size] * block_size + p % block_size
+        for head in range(heads[0], heads[1]):
+            _widen(cache[slot, head], chunk[head, p - span[0]])
+
+
+@njit(fastmath=_FAST)
+def _attend_item(w: Any, item: Any, dtype: Any) -> None:
+    """Some KV heads of one token and the query heads that share them."""
+    size, num_kv, parts, block_size = w.head_dim, w.num_kv_heads, w.num_parts, w.block_size
     group = w.num_heads // num_kv
-    t, kv_head = item // num_kv, item % num_kv
-    queries = _array(w.x, (w.num_tokens, num_kv, group, size), dtype)[t, kv_head]
-    result = _array(w.result, (w.num_tokens, num_kv, group, size), dtype)[t, kv_head]
-    scores = _array(w.scores, (w.num_items, group, w.max_seen), np.float32)[item]
-    wide = _array(w.wide_out, (w.num_items, 2, group, size), np.float32)[item]
+    t, part = item // parts, item % parts
+    first, last = part * num_kv // parts, (part + 1) * num_kv // parts
+    queries = _array(w.x, (w.num_tokens, num_kv, group, size), dtype)[t]
+    result = _array(w.result, (w.num_tokens, num_kv, group, size), dtype)[t]
+    scores = _array(w.scores, (w.num_tokens, num_kv, group, w.max_seen), np.float32)[t]
+    wide = _array(w.wide_out, (w.num_tokens, 2, num_kv, group, size), np.float32)[t]
+    chunk = _array(w.wide_x, (w.num_tokens, num_kv, CHUNK, size), np.float32)[t]
     num_seen = _array(w.positions, (w.num_tokens,), np.int64)[t] + 1
     row = _array(w.token_rows, (w.num_tokens,), np.int64)[t]
     table = _array(w.tables, (row + 1, w.max_blocks), np.int64)[row]
-    num_slots = (table[: -(-num_seen // w.block_size)].max() + 1) * w.block_size
+    num_slots = (table[: -(-num_seen // block_size)].max() + 1) * block_size
     keys = _array(w.keys, (num_slots, num_kv, size), dtype)
     values = _array(w.values, (num_slots, num_kv, size), dtype)
     scale = F32(1) / math.sqrt(F32(size))
-    for h in range(group):
-        for d in range(size):
-            wide[0, h, d] = _wide(queries[h, d]) * scale
-            wide[1, h, d] = F32(0)
-    for p in range(num_seen):
-        slot = table[p // w.block_size] * w.block_size + p % w.block_size
+    for head in range(first, last):
         for h in range(group):
-            score = F32(0)
+            query, read = wide[0, head, h], wide[1, head, h]
+            _widen(queries[head, h], query)
             for d in range(size):
-                score += wide[0, h, d] * _wide(keys[slot, kv_head, d])
-            scores[h, p] = score
-    for h in range(group):
-        factor = F32(1) / _weigh(scores[h, :num_seen])
-        for p in range(num_seen):
-            slot = table[p // w.block_size] * w.block_size + p % w.block_size
-            weight = scores[h, p] * factor
+                query[d] *= scale
+                read[d] = F32(0)
+    for start in range(0, num_seen, CHUNK):
+        stop = min(start + CHUNK, num_seen)
+        _load_chunk(keys, table, block_size, (start, stop), (first, last), chunk)
+        for head in range(first, last):
+            for h in range(group):
+                _dot_all(wide[0, head, h], chunk[head], scores[head, h, start:stop])
+    for head in range(first, last):
+        for h in range(group):
+            _weigh(scores[head, h, :num_seen])
+    for start in range(0, num_seen, CHUNK):
+        stop = min(start + CHUNK, num_seen)
+        _load_chunk(values, table, block_size, (start, stop), (first, last), chunk)
+        for head in range(first, last):
+            for h in range(group):
+                _add_weighted(scores[head, h, start:stop], chunk[head], wide[1, head, h])
+    for head in range(first, last):
+        for h in range(group):
+            read, row_out = wide[1, head, h], result[head, h]
             for d in range(size):
-                wide[1, h, d] += weight * _wide(values[slot, kv_head, d])
-        for d in range(size):
-            result[h, d] = _narrow(wide[1, h, d], dtype)
+                row_out[d] = _narrow(read[d], dtype)
 
 
 @njit(fastmath=_FAST)
 def _attend(work: Any, dtype: Any) -> None:
-    """Attention of single tokens over all slots up to their own; the usual head sizes as constants."""
+    """Attention of single tokens over all slots up to their own."""
     w = carray(work, 1)[0]
     counter = _pointer(w.counter, np.int64)
     item = _next(counter)
     while item < w.num_items:
-        if w.head_dim == 64:
-            _attend_item(w, item, 64, dtype)
-        elif w.head_dim == 128:
-            _attend_item(w, item, 128, dtype)
-        else:
-            _attend_item(w, item, w.head_dim, dtype)
+        _attend_item(w, item, dtype)
         item = _next(counter)
 
 
