@@ -17,6 +17,7 @@ import torch
 from npc_runtime import __version__
 from npc_runtime.discovery import Endpoint, project_of, remove_endpoint, write_endpoint
 from npc_runtime.engine.adapters import AdapterStore
+from npc_runtime.engine.codes import read_codes
 from npc_runtime.engine.core import EngineConfig
 from npc_runtime.engine.device import Device, DTypeName, choose_device, explain_unused_gpu
 from npc_runtime.engine.embedded import OnProgress
@@ -124,7 +125,7 @@ def load_base(name: str, dtype: DTypeName, on_progress: OnProgress, *, kernels: 
         device=device.torch_device,
         on_progress=lambda fraction: on_progress(f"loading {info.name}", fraction),
     )
-    decoder = Decoder(config, tensors, kernels or choose_kernels(device.torch_device))
+    decoder = Decoder(config, tensors, kernels or choose_kernels(device.torch_device), read_codes(folder))
     return LoadedBase(info, device, decoder, tokenizer)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["PAGE_RANK", "BatchMetadata", "LoraBatch", "LoraSpan"]
+__all__ = ["PAGE_RANK", "BatchMetadata", "Codes", "LoraBatch", "LoraSpan"]
 
 PAGE_RANK = 16
 """Ranks in one adapter page."""
@@ -51,6 +51,18 @@ class LoraSpan:
     def stop(self) -> int:
         """Offset just behind the group."""
         return self.b_start + PAGE_RANK * sum(self.out_features)
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A linear's weight in 4 bits: `scale * code + minimum`, both per group of 32 inputs (GGUF's Q4_1).
+
+    The low half of byte `i` of a group is the code of input `i`, the high half that of input `i + 16`.
+    """
+
+    values: Tensor  # (out_features, in_features / 32, 16) uint8
+    scale: Tensor  # (out_features, in_features / 32) float32
+    minimum: Tensor  # like scale
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npc_kernels.batch import PAGE_RANK, BatchMetadata, LoraBatch, LoraSpan
+from npc_kernels.batch import PAGE_RANK, BatchMetadata, Codes, LoraBatch, LoraSpan
 from npc_kernels.reference import (
     MIN_TEMPERATURE,
     HeadNorms,
@@ -51,7 +51,7 @@ PACK_ROWS = 8
 class Linear:
     """A base linear whose weight is stored once, in the layout that oneDNN's GEMM reads."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, codes: Codes | None = None) -> None:
         self._bias = bias
         self._packed = _pack(weight)
         self._weight = None if self._packed is not None else weight
@@ -302,7 +302,7 @@ def _expansions(pages: Tensor, span: LoraSpan) -> Iterator[Linear]:
 def _pack(weight: Tensor) -> Tensor | None:
     """The weight in oneDNN's layout, or None where this torch or this processor has no such GEMM."""
     pack: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    if pack is None or weight.dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if pack is None or (weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return None
     try:
         return pack(weight, PACK_ROWS)

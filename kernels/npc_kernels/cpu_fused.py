@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npc_kernels.batch import BatchMetadata, LoraSpan
-from npc_kernels.cpu import Linear
-from npc_kernels.cpu_rows import CHUNK, TILE, Work, compile_kernels
+from npc_kernels.batch import BatchMetadata, Codes, LoraSpan
+from npc_kernels import cpu
+from npc_kernels.cpu_rows import CHUNK, LANES, TILE, Kernels, Work, compile_kernels
 from npc_kernels.openmp import run_on_all_threads
 from npc_kernels.reference import HeadNorms, PlannedRow, Settings, attend_row, plan_rows
 
@@ -27,6 +27,69 @@ __all__ = [
     "paged_attention",
     "plan",
 ]
+
+
+MAX_CODE_ROWS = {torch.bfloat16: 1, torch.float32: 4}
+"""Rows up to which a linear is faster from its 4-bit codes than from its dense weight (kernels/README.md)."""
+
+
+class Linear:
+    """A base linear; few rows go through its 4-bit codes, if it has any, many through oneDNN."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, codes: Codes | None = None) -> None:
+        self._dense = cpu.Linear(weight, bias)
+        self._codes = _PackedCodes(codes) if codes is not None and bias is None and _fits_lanes(weight) else None
+        self._max_rows = MAX_CODE_ROWS[weight.dtype] if self._codes is not None else 0
+
+    def __call__(
+        self,
+        x: Tensor,  # (num_tokens, in_features)
+    ) -> Tensor:  # (num_tokens, out_features)
+        """`x @ weight.T + bias`."""
+        if self._codes is not None and len(x) <= self._max_rows:
+            return self._codes.multiply(x)
+        return self._dense(x)
+
+
+def _fits_lanes(weight: Tensor) -> bool:
+    return weight.shape[0] % LANES == 0 and weight.shape[1] % 32 == 0
+
+
+class _PackedCodes:
+    """Codes with those of `LANES` outputs side by side, and the work that multiplies them."""
+
+    def __init__(self, codes: Codes) -> None:
+        num_out, num_groups, _ = codes.values.shape
+        blocks = num_out // LANES
+        self._out_features = num_out
+        self._values = codes.values.view(blocks, LANES, num_groups, 16).permute(0, 2, 3, 1).contiguous()
+        self._scale = codes.scale.view(blocks, LANES, num_groups).permute(0, 2, 1).contiguous()
+        self._minimum = codes.minimum.view(blocks, LANES, num_groups).permute(0, 2, 1).contiguous()
+        self._wide_out = torch.empty(max(MAX_CODE_ROWS.values()), num_out)
+        self._counter = ctypes.c_int64()
+        self._work = Work(
+            counter=ctypes.addressof(self._counter),
+            num_items=blocks,
+            in_features=32 * num_groups,
+            codes=self._values.data_ptr(),
+            scales=self._scale.data_ptr(),
+            minima=self._minimum.data_ptr(),
+            wide_out=self._wide_out.data_ptr(),
+        )
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """`x @ weight.T`, of at most as many rows as `MAX_CODE_ROWS` has."""
+        x = x.contiguous()
+        result = torch.empty(len(x), self._out_features, dtype=x.dtype)
+        self._work.x, self._work.num_tokens, self._work.result = x.data_ptr(), len(x), result.data_ptr()
+        self._counter.value = 0
+        kernel = _compiled(x.dtype).codes.address
+        run_on_all_threads(kernel, ctypes.addressof(self._work), torch.get_num_threads())
+        return result
+
+
+def _compiled(dtype: torch.dtype) -> Kernels:
+    return compile_kernels("bfloat16" if dtype == torch.bfloat16 else "float32")
 
 
 class Plan:
@@ -44,7 +107,7 @@ class Plan:
 
     def run(self, name: str, num_items: int, dtype: torch.dtype) -> None:
         """Run a kernel over so many items."""
-        kernels = compile_kernels("bfloat16" if dtype == torch.bfloat16 else "float32")
+        kernels = _compiled(dtype)
         self.work.num_items = num_items
         self._counter.value = 0
         threads = min(self.num_threads, num_items)

