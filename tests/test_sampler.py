@@ -9,8 +9,8 @@ from npc_kernels import cpu, cpu_fused, reference
 from npc_kernels.cpu import NUM_CANDIDATES
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from npc_runtime.engine.core import Request, SamplingParams, Sequence
 from npc_runtime.engine import sampler
+from npc_runtime.engine.core import Request, SamplingParams, Sequence
 from npc_runtime.engine.sampler import uniform
 
 NO_EOS = frozenset()

@@ -4,17 +4,20 @@ The same functions as `reference.py`. Adapter pages are read where they lie in t
 is regrouped when lines come and go. Needs numba; without it `cpu.py` does the same with torch's own operators.
 """
 
-import ctypes
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from npc_kernels import cpu, cpu_rows
 from npc_kernels.batch import BatchMetadata, Codes, LoraSpan
-from npc_kernels import cpu
-from npc_kernels.cpu_rows import CHUNK, LANES, TILE, Kernels, Work, compile_kernels
-from npc_kernels.openmp import run_on_all_threads
-from npc_kernels.reference import HeadNorms, PlannedRow, Settings, attend_row, plan_rows
+from npc_kernels.cpu_attend import CHUNK, attend
+from npc_kernels.cpu_codes import PackedCodes
+from npc_kernels.cpu_draw import draw
+from npc_kernels.cpu_jit import Work, run
+from npc_kernels.cpu_rows import TILE
+from npc_kernels.reference import HeadNorms, PlannedRow, attend_row, plan_rows
 
 __all__ = [
     "Linear",
@@ -38,7 +41,8 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, codes: Codes | None = None) -> None:
         self._dense = cpu.Linear(weight, bias)
-        self._codes = _PackedCodes(codes) if codes is not None and bias is None and _fits_lanes(weight) else None
+        fits = codes is not None and bias is None and PackedCodes.fits(codes)
+        self._codes = PackedCodes(codes) if codes is not None and fits else None
         self._max_rows = MAX_CODE_ROWS[weight.dtype] if self._codes is not None else 0
 
     def __call__(
@@ -51,47 +55,6 @@ class Linear:
         return self._dense(x)
 
 
-def _fits_lanes(weight: Tensor) -> bool:
-    return weight.shape[0] % LANES == 0 and weight.shape[1] % 32 == 0
-
-
-class _PackedCodes:
-    """Codes with those of `LANES` outputs side by side, and the work that multiplies them."""
-
-    def __init__(self, codes: Codes) -> None:
-        num_out, num_groups, _ = codes.values.shape
-        blocks = num_out // LANES
-        self._out_features = num_out
-        self._values = codes.values.view(blocks, LANES, num_groups, 16).permute(0, 2, 3, 1).contiguous()
-        self._scale = codes.scale.view(blocks, LANES, num_groups).permute(0, 2, 1).contiguous()
-        self._minimum = codes.minimum.view(blocks, LANES, num_groups).permute(0, 2, 1).contiguous()
-        self._wide_out = torch.empty(max(MAX_CODE_ROWS.values()), num_out)
-        self._counter = ctypes.c_int64()
-        self._work = Work(
-            counter=ctypes.addressof(self._counter),
-            num_items=blocks,
-            in_features=32 * num_groups,
-            codes=self._values.data_ptr(),
-            scales=self._scale.data_ptr(),
-            minima=self._minimum.data_ptr(),
-            wide_out=self._wide_out.data_ptr(),
-        )
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """`x @ weight.T`, of at most as many rows as `MAX_CODE_ROWS` has."""
-        x = x.contiguous()
-        result = torch.empty(len(x), self._out_features, dtype=x.dtype)
-        self._work.x, self._work.num_tokens, self._work.result = x.data_ptr(), len(x), result.data_ptr()
-        self._counter.value = 0
-        kernel = _compiled(x.dtype).codes.address
-        run_on_all_threads(kernel, ctypes.addressof(self._work), torch.get_num_threads())
-        return result
-
-
-def _compiled(dtype: torch.dtype) -> Kernels:
-    return compile_kernels("bfloat16" if dtype == torch.bfloat16 else "float32")
-
-
 class Plan:
     """A step, described for the compiled kernels: one struct, of which every call changes a few fields."""
 
@@ -99,21 +62,12 @@ class Plan:
         self.num_threads = torch.get_num_threads()
         self.rows: tuple[PlannedRow, ...] = tuple(plan_rows(batch, first=batch.num_decode))
         self.work = Work()
-        self._counter = ctypes.c_int64()
         self._scratch: dict[str, Tensor] = previous._scratch if previous is not None else {}
         self._kept: list[Tensor] = [cos, sin, batch.positions, batch.kv_slots, batch.block_tables]
         self._describe_rows(batch, cos, sin)
         self._describe_adapters(batch)
 
-    def run(self, name: str, num_items: int, dtype: torch.dtype) -> None:
-        """Run a kernel over so many items."""
-        kernels = _compiled(dtype)
-        self.work.num_items = num_items
-        self._counter.value = 0
-        threads = min(self.num_threads, num_items)
-        run_on_all_threads(getattr(kernels, name).address, ctypes.addressof(self.work), threads)
-
-    def finish(self, name: str, out: Tensor, x: Tensor, span: LoraSpan, result: Tensor) -> Tensor:
+    def finish(self, kernel: Any, out: Tensor, x: Tensor, span: LoraSpan, result: Tensor) -> Tensor:
         """Run a kernel that takes what a linear made of x, over all tiles."""
         work = self.work
         work.out, work.width = out.data_ptr(), out.shape[1]
@@ -123,7 +77,7 @@ class Plan:
         work.wide_out = self.scratch("wide_out", work.num_tokens * work.width)
         work.wide_x = self.scratch("wide_x", work.num_tokens * work.in_features)
         work.result = result.data_ptr()
-        self.run(name, self.num_tiles, x.dtype)
+        run(kernel, work, self.num_tiles, x.dtype)
         return result
 
     def scratch(self, name: str, size: int) -> int:
@@ -141,9 +95,9 @@ class Plan:
             tiles += range(starts[row + 1] - (starts[row + 1] - starts[row]) % TILE, starts[row + 1])
         self.num_tiles = len(tiles)
         work.tiles = self._keep(torch.tensor([*tiles, num_tokens]))
-        sizes = torch.tensor([stop - start for start, stop in zip(starts, starts[1:], strict=False)])
+        sizes = torch.tensor([stop - start for start, stop in pairwise(starts)])
         work.token_rows = self._keep(torch.arange(len(sizes)).repeat_interleave(sizes))
-        work.num_tokens, work.counter = num_tokens, ctypes.addressof(self._counter)
+        work.num_tokens = num_tokens
         work.cos, work.sin = cos.data_ptr(), sin.data_ptr()
         work.positions, work.kv_slots = batch.positions.data_ptr(), batch.kv_slots.data_ptr()
         work.tables, work.max_blocks = batch.block_tables.data_ptr(), batch.block_tables.shape[1]
@@ -183,7 +137,7 @@ def begin(
     work = plan.work
     work.hidden, work.width = hidden.data_ptr(), hidden.shape[1]
     work.weight, work.eps, work.result = weight.data_ptr(), eps, result.data_ptr()
-    plan.run("norm", len(hidden), weight.dtype)
+    run(cpu_rows.norm, work, len(hidden), weight.dtype)
     return result
 
 
@@ -207,7 +161,7 @@ def finish_qkv(
     work.k_norm = 0 if norms.k is None else norms.k.data_ptr()
     work.eps, work.rotates = norms.eps, rotates
     result = torch.empty(len(qkv), work.num_heads, work.head_dim, dtype=qkv.dtype)
-    return plan.finish("qkv", qkv, x, span, result)
+    return plan.finish(cpu_rows.qkv, qkv, x, span, result)
 
 
 def paged_attention(
@@ -229,7 +183,7 @@ def paged_attention(
         work.scores = plan.scratch("scores", work.num_tokens * work.num_heads * work.max_seen)
         work.wide_out = plan.scratch("wide_out", 2 * work.num_tokens * work.num_heads * work.head_dim)
         work.wide_x = plan.scratch("wide_x", work.num_tokens * work.num_kv_heads * CHUNK * work.head_dim)
-        plan.run("attend", plan.num_decode * work.num_parts, q.dtype)
+        run(attend, work, plan.num_decode * work.num_parts, q.dtype)
     for row in plan.rows:
         result[row.start : row.stop] = attend_row(q[row.start : row.stop], k_cache, v_cache, row)
     return result.flatten(1)
@@ -247,7 +201,7 @@ def finish_residual(
     """As the twin."""
     work = plan.work
     work.hidden, work.weight, work.eps = hidden.data_ptr(), weight.data_ptr(), eps
-    return plan.finish("residual", out, x, span, torch.empty(out.shape, dtype=weight.dtype))
+    return plan.finish(cpu_rows.residual, out, x, span, torch.empty(out.shape, dtype=weight.dtype))
 
 
 def finish_gate_up(
@@ -258,19 +212,4 @@ def finish_gate_up(
 ) -> Tensor:  # (num_tokens, intermediate)
     """As the twin."""
     result = torch.empty(len(gate_up), gate_up.shape[1] // 2, dtype=gate_up.dtype)
-    return plan.finish("gate_up", gate_up, x, span, result)
-
-
-def draw(
-    logits: Tensor,  # (num_rows, vocab) float32, overwritten
-    settings: Settings,
-) -> Tensor:  # (num_rows,) int64
-    """As the twin."""
-    table = torch.stack(list(settings), dim=1)
-    tokens = torch.empty(len(logits), dtype=torch.long)
-    counter = ctypes.c_int64()
-    work = Work(hidden=logits.data_ptr(), x=table.data_ptr(), result=tokens.data_ptr())
-    work.counter, work.num_items, work.width = ctypes.addressof(counter), len(logits), logits.shape[1]
-    kernel = compile_kernels("float32").draw.address
-    run_on_all_threads(kernel, ctypes.addressof(work), min(torch.get_num_threads(), len(logits)))
-    return tokens
+    return plan.finish(cpu_rows.gate_up, gate_up, x, span, result)
