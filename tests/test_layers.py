@@ -23,6 +23,7 @@ LAYERS = [
     "npc_kernels.cpu_codes",
     "npc_kernels.cpu_draw",
     "npc_kernels.cpu_fused",
+    "npc_kernels.cpu_exact",
     "npc_runtime",
     "npc_runtime.errors",
     "npc_runtime.persona",
@@ -60,9 +61,7 @@ LAYERS = [
 ENGINE_MAY_IMPORT = {"torch", "triton", "transformers", "tokenizers", "numpy", "safetensors", "npc_kernels"}
 
 # Compiled by numba where there is one; `choose_kernels` alone imports them, inside a function.
-COMPILED = [
-    f"npc_kernels.{name}" for name in ("cpu_jit", "cpu_rows", "cpu_attend", "cpu_codes", "cpu_draw", "cpu_fused")
-]
+COMPILED = [f"npc_kernels.cpu_{name}" for name in ("jit", "rows", "attend", "codes", "draw", "fused", "exact")]
 
 WITHOUT_TORCH = [
     "npc_runtime.protocol",

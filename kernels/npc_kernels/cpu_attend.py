@@ -103,13 +103,14 @@ def _attend_item(w: Any, item: Any) -> None:
     """Some KV heads of one token and the query heads that share them, chunk by chunk of what it may see."""
     size, num_kv, parts = w.head_dim, w.num_kv_heads, w.num_parts
     group = w.num_heads // num_kv
-    t, part = item // parts, item % parts
+    place, part = item // parts, item % parts
+    t = w.first_token + place
     heads = (part * num_kv // parts, (part + 1) * num_kv // parts)
     stored = array(w.x, (w.num_tokens, num_kv, group, size), w.element)[t]
     result = array(w.result, (w.num_tokens, num_kv, group, size), w.element)[t]
-    scores = array(w.scores, (w.num_tokens, num_kv, group, w.max_seen), F32(0))[t]
-    wide_heads = array(w.wide_out, (w.num_tokens, 2, num_kv, group, size), F32(0))[t]
-    chunk = array(w.wide_x, (w.num_tokens, num_kv, CHUNK, size), F32(0))[t]
+    scores = array(w.scores, (place + 1, num_kv, group, w.max_seen), F32(0))[place]
+    wide_heads = array(w.wide_out, (place + 1, 2, num_kv, group, size), F32(0))[place]
+    chunk = array(w.wide_x, (place + 1, num_kv, CHUNK, size), F32(0))[place]
     num_seen = array(w.positions, (w.num_tokens,), 0)[t] + 1
     row = array(w.token_rows, (w.num_tokens,), 0)[t]
     table = array(w.tables, (row + 1, w.max_blocks), 0)[row]

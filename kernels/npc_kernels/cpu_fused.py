@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from npc_kernels import cpu, cpu_rows
-from npc_kernels.batch import BatchMetadata, Codes, LoraSpan
+from npc_kernels.batch import PAGE_RANK, BatchMetadata, Codes, LoraSpan
 from npc_kernels.cpu_attend import CHUNK, attend
 from npc_kernels.cpu_codes import PackedCodes
 from npc_kernels.cpu_draw import draw
@@ -36,6 +36,10 @@ MAX_CODE_ROWS = {torch.bfloat16: 1, torch.float32: 4}
 """Rows up to which a linear is faster from its 4-bit codes than from its dense weight (kernels/README.md)."""
 
 
+MAX_ATTENDED = 64
+"""Tokens whose attention is computed by one call; what they need beside is in proportion."""
+
+
 class Linear:
     """A base linear; few rows go through its 4-bit codes, if it has any, many through oneDNN."""
 
@@ -56,14 +60,20 @@ class Linear:
 
 
 class Plan:
-    """A step, described for the compiled kernels: one struct, of which every call changes a few fields."""
+    """A step, described for the compiled kernels: one struct, of which every call changes a few fields.
 
-    def __init__(self, batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: "Plan | None") -> None:
-        self.num_threads = torch.get_num_threads()
-        self.rows: tuple[PlannedRow, ...] = tuple(plan_rows(batch, first=batch.num_decode))
+    `exact`: tokens are never computed together, so that a row's numbers do not depend on how it is cut into chunks.
+    """
+
+    def __init__(
+        self, batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: "Plan | None", *, exact: bool = False
+    ) -> None:
         self.work = Work()
+        self.num_attended = len(batch.positions) if exact else batch.num_decode  # tokens that the kernel attends
+        self.rows: tuple[PlannedRow, ...] = () if exact else tuple(plan_rows(batch, first=batch.num_decode))
         self._scratch: dict[str, Tensor] = previous._scratch if previous is not None else {}
         self._kept: list[Tensor] = [cos, sin, batch.positions, batch.kv_slots, batch.block_tables]
+        self._describe_tiles(batch, tile=1 if exact else TILE)
         self._describe_rows(batch, cos, sin)
         self._describe_adapters(batch)
 
@@ -86,25 +96,26 @@ class Plan:
             self._scratch[name] = torch.empty(size, dtype=torch.float32)
         return self._scratch[name].data_ptr()
 
-    def _describe_rows(self, batch: BatchMetadata, cos: Tensor, sin: Tensor) -> None:
-        work, num_tokens = self.work, len(batch.positions)
-        starts = batch.row_starts
-        tiles = list(range(batch.num_decode))
-        for row in range(batch.num_decode, len(starts) - 1):
-            tiles += range(starts[row], starts[row + 1] - TILE + 1, TILE)
-            tiles += range(starts[row + 1] - (starts[row + 1] - starts[row]) % TILE, starts[row + 1])
+    def _describe_tiles(self, batch: BatchMetadata, tile: int) -> None:
+        """Prompts in tiles of so many tokens and the rest one by one."""
+        tiles: list[int] = []
+        for start, stop in pairwise(batch.row_starts):
+            whole = stop - (stop - start) % tile
+            tiles += [*range(start, whole, tile), *range(whole, stop)]
         self.num_tiles = len(tiles)
-        work.tiles = self._keep(torch.tensor([*tiles, num_tokens]))
-        sizes = torch.tensor([stop - start for start, stop in pairwise(starts)])
+        self.work.tiles = self._keep(torch.tensor([*tiles, len(batch.positions)]))
+
+    def _describe_rows(self, batch: BatchMetadata, cos: Tensor, sin: Tensor) -> None:
+        work = self.work
+        sizes = torch.tensor([stop - start for start, stop in pairwise(batch.row_starts)])
         work.token_rows = self._keep(torch.arange(len(sizes)).repeat_interleave(sizes))
-        work.num_tokens = num_tokens
+        work.num_tokens = len(batch.positions)
         work.cos, work.sin = cos.data_ptr(), sin.data_ptr()
         work.positions, work.kv_slots = batch.positions.data_ptr(), batch.kv_slots.data_ptr()
         work.tables, work.max_blocks = batch.block_tables.data_ptr(), batch.block_tables.shape[1]
         work.block_size = batch.block_size
-        self.num_decode = batch.num_decode
-        work.max_seen = int(batch.positions[: batch.num_decode].max()) + 1 if batch.num_decode else 0
-        work.shrunk = self.scratch("shrunk", 48 * num_tokens)
+        work.max_seen = int(batch.positions[: self.num_attended].max()) + 1 if self.num_attended else 0
+        work.shrunk = self.scratch("shrunk", 3 * PAGE_RANK * work.num_tokens)
 
     def _describe_adapters(self, batch: BatchMetadata) -> None:
         lora, work = batch.lora, self.work
@@ -172,18 +183,19 @@ def paged_attention(
 ) -> Tensor:  # (num_tokens, num_heads * head_dim)
     """As the twin: rows with one token by the compiled kernel, prompts by torch."""
     result = torch.empty_like(q)
-    if plan.num_decode:
-        work = plan.work
-        work.num_kv_heads, work.head_dim = k_cache.shape[-2:]
-        work.num_heads = q.shape[1]
+    work = plan.work
+    work.num_kv_heads, work.head_dim, work.num_heads = *k_cache.shape[-2:], q.shape[1]
+    work.x, work.result = q.data_ptr(), result.data_ptr()
+    work.keys, work.values = k_cache.data_ptr(), v_cache.data_ptr()
+    for first in range(0, plan.num_attended, MAX_ATTENDED):
+        num_tokens = min(plan.num_attended - first, MAX_ATTENDED)
         # Whole tokens read the cache in one stream; few tokens are shared out by their heads.
-        work.num_parts = 1 if plan.num_decode >= plan.num_threads else work.num_kv_heads
-        work.x, work.result = q.data_ptr(), result.data_ptr()
-        work.keys, work.values = k_cache.data_ptr(), v_cache.data_ptr()
-        work.scores = plan.scratch("scores", work.num_tokens * work.num_heads * work.max_seen)
-        work.wide_out = plan.scratch("wide_out", 2 * work.num_tokens * work.num_heads * work.head_dim)
-        work.wide_x = plan.scratch("wide_x", work.num_tokens * work.num_kv_heads * CHUNK * work.head_dim)
-        run(attend, work, plan.num_decode * work.num_parts, q.dtype)
+        work.first_token = first
+        work.num_parts = 1 if num_tokens >= torch.get_num_threads() else work.num_kv_heads
+        work.scores = plan.scratch("scores", num_tokens * work.num_heads * work.max_seen)
+        work.wide_out = plan.scratch("wide_out", 2 * num_tokens * work.num_heads * work.head_dim)
+        work.wide_x = plan.scratch("wide_x", num_tokens * work.num_kv_heads * CHUNK * work.head_dim)
+        run(attend, work, num_tokens * work.num_parts, q.dtype)
     for row in plan.rows:
         result[row.start : row.stop] = attend_row(q[row.start : row.stop], k_cache, v_cache, row)
     return result.flatten(1)

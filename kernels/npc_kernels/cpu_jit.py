@@ -48,7 +48,7 @@ NUMBERS = [
     *["wide_x", "wide_out", "shrunk", "scores"],  # scratch, float32
     *["q_norm", "k_norm", "rotates", "cos", "sin", "positions", "kv_slots", "keys", "values"],  # attention
     *["num_heads", "num_kv_heads", "head_dim", "tables", "max_blocks", "block_size", "token_rows", "max_seen"],
-    *["num_parts", "codes", "scales", "minima"],  # 4-bit weights
+    *["first_token", "num_parts", "codes", "scales", "minima"],  # 4-bit weights from codes on
 ]
 
 

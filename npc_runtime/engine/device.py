@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-__all__ = ["DTypeName", "Device", "choose_device", "explain_unused_gpu"]
+__all__ = ["DTypeName", "Device", "choose_device", "choose_threads", "explain_unused_gpu"]
 
 DTypeName = Literal["float32", "bfloat16", "auto"]
 
@@ -37,6 +37,13 @@ def choose_device(dtype: DTypeName) -> Device:
         dtype, torch.bfloat16 if has_bfloat16 else torch.float32
     )
     return Device(device, chosen, name)
+
+
+def choose_threads() -> int:
+    """One thread a physical core, which is torch's default, and of more than four cores one for the game."""
+    num_cores = torch.get_num_threads()
+    is_chosen = "OMP_NUM_THREADS" in os.environ
+    return num_cores - 1 if num_cores > 4 and not is_chosen else num_cores
 
 
 def explain_unused_gpu() -> str | None:

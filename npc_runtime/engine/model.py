@@ -4,6 +4,7 @@ Holds the base weights and computes logits for one step of many rows. It does no
 adapter pages come from; `BatchMetadata` says which to use.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from torch import Tensor
 from npc_runtime.errors import StartupError
 
 __all__ = ["Decoder", "Kernels", "KvCache", "ModelShape", "PageLayout", "choose_kernels"]
+
+logger = logging.getLogger(__name__)
 
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 """RoPE variants whose frequencies do not depend on the length of the text."""
@@ -124,15 +127,24 @@ class Kernels(Protocol):
         ...
 
 
-def choose_kernels(device: torch.device) -> Kernels:
-    """The fastest kernels there are for a device."""
-    if device.type != "cpu":
-        return reference
+def choose_kernels(device: torch.device, *, deterministic: bool = False) -> Kernels:
+    """The fastest kernels there are for a device, or those whose rows do not depend on one another, to the last bit.
+
+    Raises `StartupError` where the latter are not to be had.
+    """
     try:
-        from npc_kernels import cpu_fused
-    except ImportError:  # numba has no build for every Python and processor
-        return cpu
-    return cpu_fused
+        if device.type == "cpu":
+            from npc_kernels import cpu_exact, cpu_fused
+
+            return cpu_exact if deterministic else cpu_fused
+    except ImportError as error:  # numba has no build for every Python and processor
+        logger.info("the compiled CPU kernels cannot be used (%s); computing with torch's own operators", error)
+    if deterministic:
+        raise StartupError(
+            f"--deterministic needs the compiled CPU kernels, which there are not for {device.type} here.",
+            "Leave it out, or install numba on a machine without an NVIDIA card.",
+        )
+    return cpu if device.type == "cpu" else reference
 
 
 @dataclass(frozen=True, slots=True)
