@@ -90,7 +90,7 @@ def alone(base, store):
 CROWDS = {
     "fresh": {},
     "small chunks": {"max_step_tokens": 37},
-    "preempted": {"kv_tokens": 1024, "block_size": 4},
+    "preempted": {"kv_tokens": 208, "block_size": 4},
 }
 
 
