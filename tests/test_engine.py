@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from driving import FakeTokenizer, greedy, make_engine, speak
+from driving import FakeTokenizer, greedy, hold, make_engine, speak
 
 from npc_runtime.engine.core import Ended, EndReason, EngineConfig
 from npc_runtime.engine.engine import Engine
@@ -51,7 +51,7 @@ def test_a_failed_admission_ends_what_waits(tiny, monkeypatch):
     """No memory for the adapter pages: nothing runs yet, so the queue itself is the trouble."""
     base, store = tiny
     engine, run = make_engine(base, store)
-    break_once(monkeypatch, store, "acquire", torch.OutOfMemoryError("full"))
+    break_once(monkeypatch, store, "admit", torch.OutOfMemoryError("full"))
     speak(engine, run, lines(2))
     assert {end_of(run, n).error.code for n in (1, 2)} == {"out_of_memory"}
     assert speak(engine, run, [greedy(9, range(3, 12), "a0", max_tokens=6)]).ended(9).reason == EndReason.LENGTH
@@ -81,9 +81,9 @@ def test_numbers_that_overflow_end_their_line_and_spare_the_neighbours(tiny):
     engine, run = make_engine(base, store, EngineConfig(kv_tokens=64))
     healthy = greedy(1, range(3, 12), "a1", max_tokens=6)
     alone = list(speak(engine, run, [healthy]).tokens[1])
-    store.acquire("a0")
+    holder = hold(store, "a0")
     store.pool[store.pages_of("a0")] *= 1e36
-    store.release("a0")
+    store.leave(holder)
     engine, run = make_engine(base, store, EngineConfig(kv_tokens=64))
     speak(engine, run, [greedy(2, range(3, 12), "a1", max_tokens=6), greedy(3, range(3, 12), "a0", max_tokens=6)])
     assert end_of(run, 3).error.message == "The numbers of the adapter of a0 overflowed."

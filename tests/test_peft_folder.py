@@ -9,12 +9,9 @@ import torch
 from tiny import CONFIGS, SIZES, make_adapter, make_model, rewrite
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from npc_runtime.engine.adapters import AdapterStore
 from npc_runtime.engine.model import ModelShape, PageLayout
 from npc_runtime.engine.peft_folder import load_peft_folder
 from npc_runtime.errors import AdapterIncompatible, AdapterMissing
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +86,6 @@ def test_the_personas_scale_is_folded_in(adapter, shape):
     whole, half = load(adapter, shape), load(adapter, shape, scale=0.5)
     torch.testing.assert_close(delta(half.pages, shape, 2, 2, 1), 0.5 * delta(whole.pages, shape, 2, 2, 1))
     assert whole.digest != half.digest
-
-
-def test_a_list_of_adapters_adds_up(model, adapter, shape, tmp_path):
-    other = make_adapter(model, tmp_path / "other", rank=24, seed=5)
-    store = AdapterStore(shape, PageLayout.of(shape), dtype=torch.float32, device=CPU, max_pages=8)
-    both = store.add("both", [(adapter, 1.0), (other, 0.5)])
-    expected = delta(load(adapter, shape).pages, shape, 1, 0, 2)
-    expected = expected + 0.5 * delta(load(other, shape).pages, shape, 1, 0, 2)
-    torch.testing.assert_close(delta(both.pages, shape, 1, 0, 2), expected, atol=1e-6, rtol=1e-5)
 
 
 def edit_config(**changes):
@@ -251,42 +239,6 @@ def test_random_configs_never_crash_the_reader(adapter, shape):
             path.write_text(json.dumps({**sound, key: value}))
             with contextlib.suppress(AdapterIncompatible):
                 load(adapter, shape)
-
-
-def make_store(shape, folders, max_pages):
-    store = AdapterStore(shape, PageLayout.of(shape), dtype=torch.float32, device=CPU, max_pages=max_pages)
-    for name, folder in folders.items():
-        store.add(name, [(folder, 1.0)])
-    return store
-
-
-def test_the_least_recently_used_adapter_makes_room(model, shape, tmp_path):
-    folders = {n: make_adapter(model, tmp_path / n, rank=8, seed=i) for i, n in enumerate("abc")}
-    store = make_store(shape, folders, max_pages=2)
-    for name in ("a", "b", "a"):
-        assert store.acquire(name)
-        store.release(name)
-    assert store.acquire("c")
-    assert store.resident == ("a", "c")
-    torch.testing.assert_close(store.pool[store.pages_of("c")], load(folders["c"], shape).pages)
-    store.check_integrity()
-
-
-def test_adapters_in_use_are_never_pushed_out(model, shape, tmp_path):
-    folders = {n: make_adapter(model, tmp_path / n, rank=8, seed=i) for i, n in enumerate("abc")}
-    store = make_store(shape, folders, max_pages=2)
-    assert store.acquire("a")
-    assert store.acquire("b")
-    assert not store.acquire("c")
-    store.release("a")
-    assert store.acquire("c")
-    assert store.resident == ("b", "c")
-
-
-def test_an_adapter_larger_than_the_pool_is_refused(model, shape, tmp_path):
-    folder = make_adapter(model, tmp_path / "wide", rank=64)
-    with pytest.raises(AdapterIncompatible, match="needs 4 pages, the pool has 2"):
-        make_store(shape, {"wide": folder}, max_pages=2)
 
 
 def test_every_family_has_a_page_layout_without_gaps():
