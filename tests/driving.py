@@ -115,7 +115,7 @@ def speak(engine, run, requests, max_steps=2_000):
     raise AssertionError("the engine did not finish")
 
 
-def greedy(request_id, prompt_ids, adapter, *, max_tokens=48, group="batch", **sampling):
+def greedy(request_id, prompt_ids, adapter, *, max_tokens=48, group="batch", deadline=None, **sampling):
     settings = {"seed": 0, "temperature": 0.0, "min_tokens": max_tokens, **sampling}
     return Request(
         id=request_id,
@@ -124,4 +124,5 @@ def greedy(request_id, prompt_ids, adapter, *, max_tokens=48, group="batch", **s
         arrival=0.0,
         adapter=adapter,
         group=group,
+        deadline=deadline,
     )

@@ -1,0 +1,265 @@
+"""The adapter store: what is loaded when, by whom and from where, and what a load that fails leaves behind."""
+
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+from conftest import MS
+from driving import ask, hold
+from tiny import make_adapter, make_model
+
+from npc_runtime.engine.adapters import AdapterStore
+from npc_runtime.engine.core import Admission
+from npc_runtime.engine.model import ModelShape, PageLayout
+from npc_runtime.engine.peft_folder import load_peft_folder
+from npc_runtime.errors import AdapterIncompatible, AdapterMissing
+
+RANKS = {"a": 8, "b": 16, "c": 8, "wide": 64}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def shape(model):
+    return ModelShape.from_config(model.config)
+
+
+@pytest.fixture
+def folders(model, tmp_path):
+    return {name: make_adapter(model, tmp_path / name, rank=rank, seed=rank) for name, rank in RANKS.items()}
+
+
+@pytest.fixture
+def make(shape, folders):
+    """Make stores of the named adapters; their loaders are gone after the test."""
+    made = []
+
+    def make_store(names="abc", max_pages=2, **budgets):
+        options = dict(dtype=torch.float32, device=torch.device("cpu"), max_pages=max_pages, **budgets)
+        store = AdapterStore(shape, PageLayout.of(shape), **options)
+        for name in names:
+            store.add(name, [(folders[name], 1.0)])
+        made.append(store)
+        return store
+
+    yield make_store
+    for store in made:
+        store.close(5_000 * MS)
+        assert store._loader is None or not store._loader.is_alive()
+
+
+def read(folder, shape):
+    return load_peft_folder(folder, shape, PageLayout.of(shape), dtype=torch.float32)
+
+
+def settle(store):
+    """Wait for one load; returns what failed."""
+    for _ in range(2_000):
+        if not store._outcomes.empty():
+            return store.collect()
+        time.sleep(1 * MS)
+    raise AssertionError("nothing was loaded")
+
+
+def count_reads(store, monkeypatch):
+    reads, right = [], store.host._read
+
+    def reading(parts):
+        reads.append((parts[0][0].name, threading.current_thread().name))
+        return right(parts)
+
+    monkeypatch.setattr(store.host, "_read", reading)
+    return reads
+
+
+def test_what_fits_is_there_from_the_start(make, folders, shape):
+    store = make(["a", "wide", "b"], max_pages=5)
+    store.open()
+    assert store.resident == ("a", "wide")
+    assert store.pool.shape[0] == 5
+    for name in store.resident:
+        assert torch.equal(store.pool[store.pages_of(name)], read(folders[name], shape).pages)
+
+
+def test_the_pool_is_no_larger_than_needed(make):
+    store = make("ab", max_pages=64)
+    store.open()
+    assert store.pool.shape[0] == 2
+
+
+def test_another_one_is_loaded_by_the_loader_and_changes_the_version(make, folders, shape, monkeypatch):
+    store = make(max_host_bytes=0)
+    reads = count_reads(store, monkeypatch)
+    store.open()
+    before = store.version
+    line, outcome = ask(store, "b")
+    assert outcome is Admission.LOADING
+    assert settle(store) == []
+    assert store.version != before
+    assert store.admit(line) is Admission.ADMITTED
+    assert torch.equal(store.pool[store.pages_of("b")], read(folders["b"], shape).pages)
+    assert reads == [("b", "adapter loader")]
+
+
+def test_the_engine_is_woken_by_every_load(make):
+    store = make(max_host_bytes=0)
+    store.open()
+    woken = threading.Event()
+    store.on_loaded = woken.set
+    ask(store, "a")
+    assert woken.wait(5_000 * MS)
+
+
+def test_adapters_take_turns_in_the_pages(make, folders, shape):
+    store = make()
+    for name in "cabcabacb":
+        line = hold(store, name)
+        assert torch.equal(store.pool[store.pages_of(name)], read(folders[name], shape).pages)
+        assert len(store.resident) <= 2
+        store.check_integrity([line], [])
+        store.leave(line)
+
+
+def test_copies_stay_within_their_budget_and_the_rest_is_read_again(make, monkeypatch):
+    whole = make(max_host_bytes=None)
+    page_bytes = whole.host._copies["a"].pages.nbytes
+    store = make(max_host_bytes=2 * page_bytes)
+    reads = count_reads(store, monkeypatch)
+    assert store.host.names == ["b", "c"]
+    store.open()
+    assert store.resident == ("b", "c")
+    for name in "abab":
+        store.leave(hold(store, name))
+        assert store.host.num_bytes == sum(copy.pages.nbytes for copy in store.host._copies.values()) <= 2 * page_bytes
+    assert [name for name, _ in reads] == ["a", "b"]
+    assert store.host.names == ["a", "b"]
+
+
+def test_a_copy_spares_the_disk(make, folders):
+    store = make()
+    store.open()
+    for folder in folders.values():
+        shutil.rmtree(folder)
+    for name in "cab":
+        store.leave(hold(store, name))
+
+
+def test_a_byte_budget_bounds_the_pool(make, shape):
+    page_bytes = PageLayout.of(shape).num_elements * 4
+    store = make(max_pages=64, max_pool_bytes=3 * page_bytes - 1)
+    store.open()
+    assert store.pool.shape[0] == 2
+
+
+def test_an_adapter_larger_than_the_pool_is_refused(make):
+    with pytest.raises(AdapterIncompatible, match="needs 4 pages, the pool has 2") as caught:
+        make(["wide"])
+    assert "--adapter-memory" in caught.value.hint
+
+
+def test_a_list_of_adapters_adds_up(make, folders, shape):
+    store = make([])
+    both = store.add("both", [(folders["a"], 1.0), (folders["b"], 0.5)])
+    half = load_peft_folder(folders["b"], shape, PageLayout.of(shape), dtype=torch.float32, scale=0.5)
+    assert torch.equal(both.pages, torch.cat((read(folders["a"], shape).pages, half.pages)))
+    assert both.rank == 24
+    line = hold(store, "both")
+    assert torch.equal(store.pool[store.pages_of("both")], both.pages)
+    store.leave(line)
+
+
+def swap(folder):
+    shutil.copy(folder.parent / "c" / "adapter_model.safetensors", folder)
+
+
+def rescale(folder):
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 16', '"lora_alpha": 32'))
+
+
+def truncate(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind", "message", "hint"),
+    [
+        (shutil.rmtree, AdapterMissing, "does not exist", "correct the persona"),
+        (swap, AdapterIncompatible, "not the adapter that the daemon started with", "Restart the daemon"),
+        (rescale, AdapterIncompatible, "not the adapter that the daemon started with", "Restart the daemon"),
+        (truncate, AdapterIncompatible, "damaged", "Copy or export"),
+    ],
+)
+def test_a_failed_load_names_file_and_remedy_and_can_be_tried_again(
+    make, folders, tmp_path, spoil, kind, message, hint
+):
+    folder = folders["a"]
+    store = make("ab", max_host_bytes=0)
+    shutil.copytree(folder, tmp_path / "kept")
+    make_other = folders["c"] / "adapter_model.safetensors"
+    make_other.write_bytes(make_other.read_bytes()[:-1] + b"\x01")
+    spoil(folder)
+    store.open()
+    line, _ = ask(store, "a", 7)
+    [failure] = settle(store)
+    assert (failure.name, failure.wanted_by, type(failure.error)) == ("a", {7}, kind)
+    assert str(folder) in failure.error.message
+    assert message in failure.error.message
+    assert hint in failure.error.hint
+    store.leave(line)
+    store.check_integrity([], [])
+    assert store.resident == ()
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(tmp_path / "kept", folder)
+    store.leave(hold(store, "a"))
+    assert store.resident == ("a",)
+
+
+def test_a_reader_that_fails_in_an_unknown_way_spoils_nothing_else(make, monkeypatch):
+    store = make(max_host_bytes=0)
+    store.open()
+    right = store.host.get
+
+    def get(name):
+        if name == "a":
+            raise RuntimeError("a defect")
+        return right(name)
+
+    monkeypatch.setattr(store.host, "get", get)
+    line, _ = ask(store, "a")
+    [failure] = settle(store)
+    assert "a defect" in failure.error.message
+    store.leave(line)
+    store.leave(hold(store, "b"))
+
+
+def test_closing_finishes_the_load_it_is_in_and_begins_no_other(make, monkeypatch):
+    store = make(max_host_bytes=0)
+    reads, right = [], store.host.get
+    is_loading, may_go_on = threading.Event(), threading.Event()
+
+    def get(name):
+        reads.append(name)
+        is_loading.set()
+        assert may_go_on.wait(5_000 * MS)
+        return right(name)
+
+    monkeypatch.setattr(store.host, "get", get)
+    store.open()
+    ask(store, "a")
+    ask(store, "b")
+    assert is_loading.wait(5_000 * MS)
+    started = time.monotonic()
+    store.close(50 * MS)
+    assert time.monotonic() - started < 1_000 * MS
+    assert store._loader.is_alive(), "the bound is the caller's, the load goes on"
+    may_go_on.set()
+    store.close(5_000 * MS)
+    assert not store._loader.is_alive()
+    assert reads == ["a"]
