@@ -43,7 +43,7 @@ class HostCopies:
         self._max_bytes = max_bytes
         self._known: dict[str, _Known] = {}
         self._copies: OrderedDict[str, AdapterPages] = OrderedDict()
-        self.num_bytes = 0  # of all copies, never more than the budget
+        self.num_bytes = 0  # of all copies, never more than the budget; the one that is being loaded may come on top
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -106,10 +106,14 @@ class HostCopies:
         return whole, digests
 
     def _keep(self, name: str, copy: AdapterPages) -> None:
-        if name not in self._copies:
-            self._copies[name] = copy
-            self.num_bytes += copy.pages.nbytes
-        self._copies.move_to_end(name)
-        while self._max_bytes is not None and self.num_bytes > self._max_bytes:
-            _, dropped = self._copies.popitem(last=False)
-            self.num_bytes -= dropped.pages.nbytes
+        """Keep the copy as the most recently used one, if it fits at all."""
+        known = self._copies.pop(name, None)
+        self.num_bytes -= known.pages.nbytes if known is not None else 0
+        if self._max_bytes is not None:
+            if copy.pages.nbytes > self._max_bytes:
+                return
+            while self.num_bytes + copy.pages.nbytes > self._max_bytes:
+                _, dropped = self._copies.popitem(last=False)
+                self.num_bytes -= dropped.pages.nbytes
+        self._copies[name] = copy
+        self.num_bytes += copy.pages.nbytes
