@@ -49,7 +49,7 @@ def make(shape, folders):
 
     yield make_store
     for store in made:
-        store.close(5_000 * MS)
+        store.close(30_000 * MS)
         assert store._loader is None or not store._loader.is_alive()
 
 
@@ -112,7 +112,7 @@ def test_the_engine_is_woken_by_every_load(make):
     woken = threading.Event()
     store.on_loaded = woken.set
     ask(store, "a")
-    assert woken.wait(5_000 * MS)
+    assert woken.wait(30_000 * MS)
 
 
 def test_adapters_take_turns_in_the_pages(make, folders, shape):
@@ -247,19 +247,19 @@ def test_closing_finishes_the_load_it_is_in_and_begins_no_other(make, monkeypatc
     def get(name):
         reads.append(name)
         is_loading.set()
-        assert may_go_on.wait(5_000 * MS)
+        assert may_go_on.wait(30_000 * MS)
         return right(name)
 
     monkeypatch.setattr(store.host, "get", get)
     store.open()
     ask(store, "a")
     ask(store, "b")
-    assert is_loading.wait(5_000 * MS)
+    assert is_loading.wait(30_000 * MS)
     started = time.monotonic()
     store.close(50 * MS)
     assert time.monotonic() - started < 1_000 * MS
     assert store._loader.is_alive(), "the bound is the caller's, the load goes on"
     may_go_on.set()
-    store.close(5_000 * MS)
+    store.close(30_000 * MS)
     assert not store._loader.is_alive()
     assert reads == ["a"]

@@ -41,7 +41,7 @@ def stock(crowd):
 
     yield make
     for store in made:
-        store.close(5_000 * MS)
+        store.close(30_000 * MS)
 
 
 class Gate:
@@ -144,8 +144,8 @@ def test_the_thread_sleeps_while_all_lines_wait_for_a_load(crowd, stock, monkeyp
     assert not ends
     assert len(steps) <= 3
     gate.open()
-    assert has_ended.wait(10_000 * MS)
-    engine.close(5_000 * MS)
+    assert has_ended.wait(30_000 * MS)
+    engine.close(30_000 * MS)
     assert [end.reason for end in ends] == [EndReason.LENGTH]
 
 
