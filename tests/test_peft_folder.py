@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,3 +254,13 @@ def test_an_adapter_of_another_family_is_refused(shape, tmp_path):
     folder = make_adapter(AutoModelForCausalLM.from_config(config), tmp_path / "other", name="other-base")
     with pytest.raises(AdapterIncompatible, match="made for 'other-base'"):
         load(folder, shape)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(model, adapter, shape, tmp_path, monkeypatch):
+    """Its header was checked, its tensors are another file's."""
+    other = make_adapter(model, tmp_path / "other", rank=24) / "adapter_model.safetensors"
+    right = Path.read_bytes
+    swap = {adapter / "adapter_model.safetensors": other}
+    monkeypatch.setattr(Path, "read_bytes", lambda path: right(swap.get(path, path)))
+    with pytest.raises(AdapterIncompatible, match="changed while it was read"):
+        load(adapter, shape)
