@@ -73,6 +73,23 @@ def serve(
     threads: Threads = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Accept clients without a token (loopback only).")] = False,
     project: Annotated[str | None, typer.Option(help="Name of the runtime file; default from --personas.")] = None,
+    adapter_memory: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MIB",
+            min=1,
+            help="Adapters on the device, and as much again for copies in main memory; default 2048. More personas "
+            "than fit are fine: their adapters take turns.",
+        ),
+    ] = None,
+    kv_memory: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MIB",
+            min=1,
+            help="The KV cache: all lines that run, and prompts computed before; default 16384 tokens, at most 1024.",
+        ),
+    ] = None,
 ) -> None:
     """Run the daemon until Ctrl-C. Its first line on stdout says port and token, as JSON."""
     from npc_runtime.console import progress_bars, stderr
@@ -91,6 +108,8 @@ def serve(
         threads=threads,
         needs_token=not no_auth,
         project=project,
+        adapter_mib=adapter_memory,
+        kv_mib=kv_memory,
     )
     run_daemon(settings, lambda: progress_bars(stderr()))
     logging.shutdown()

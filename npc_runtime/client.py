@@ -26,6 +26,7 @@ from npc_runtime.errors import DisconnectedError, InvalidError, NpcError, Protoc
 __all__ = ["Batch", "BatchEvent", "Client", "RequestError"]
 
 ANSWER_TIMEOUT_S = 10.0
+WARMUP_TIMEOUT_S = 120.0  # dozens of prompts on a laptop that speaks meanwhile
 CLOSE_TIMEOUT_S = 1.0  # unread frames can hide the answer to a close
 MAX_BATCH_EVENTS = 4_096
 
@@ -202,6 +203,13 @@ class Client:
         body = await self._ask(wire.PersonaList(id=message_id), message_id)
         return [wire.PersonaInfo.model_validate(item) for item in body["personas"]]
 
+    async def warmup(self, personas: Sequence[str], *, timeout_s: float = WARMUP_TIMEOUT_S) -> list[wire.WarmupItem]:
+        """Make personas ready for their first line and wait until all are; each is `ready` or `rejected`."""
+        message_id = next(self._ids)
+        message = wire.Warmup(id=message_id, personas=list(personas))
+        body = await self._ask(message, message_id, timeout_s=timeout_s)
+        return [wire.WarmupItem.model_validate(item) for item in body["personas"]]
+
     async def status(self) -> dict[str, Any]:
         """Ask how the daemon is."""
         message_id = next(self._ids)
@@ -214,17 +222,17 @@ class Client:
         except ConnectionClosed as error:
             raise _disconnected(error) from error
 
-    async def _ask(self, message: wire.ClientMessage, message_id: wire.Id) -> dict[str, Any]:
+    async def _ask(
+        self, message: wire.ClientMessage, message_id: wire.Id, *, timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> dict[str, Any]:
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._answers[message_id] = answer
         try:
             await self.send(message)
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 return await answer
         except TimeoutError as error:
-            raise DisconnectedError(
-                f"The daemon did not answer {message.type} within {ANSWER_TIMEOUT_S:.0f} s."
-            ) from error
+            raise DisconnectedError(f"The daemon did not answer {message.type} within {timeout_s:.0f} s.") from error
         finally:
             self._answers.pop(message_id, None)
 

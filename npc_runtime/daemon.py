@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ __all__ = [
     "load_adapters",
     "load_base",
     "load_library",
+    "make_config",
     "make_store",
     "run_daemon",
 ]
@@ -45,6 +46,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+MAX_DEFAULT_KV_BYTES = 1 << 30
+MIN_KV_TOKENS = 512
+"""Below this not even one of the shipped personas could speak beside another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,8 @@ class Settings:
     threads: int | None
     needs_token: bool
     project: str | None
+    adapter_mib: int | None = None  # None: `EngineConfig`'s
+    kv_mib: int | None = None  # None: `EngineConfig`'s, but at most MAX_DEFAULT_KV_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +97,7 @@ def run_daemon(settings: Settings, progress: Callable[[], AbstractContextManager
     with _bind(settings.host, settings.port) as sock:
         with progress() as on_progress:
             base = load_base(settings.base, settings.dtype, on_progress)
-        config = EngineConfig()
+        config = make_config(settings, base.decoder.shape, base.device)
         adapters = make_store(base.decoder.shape, base.device, config)
         load_adapters(adapters, library, base.info.name)
         asyncio.run(_serve(settings, sock, base, library, adapters, config))
@@ -129,6 +136,26 @@ def load_base(name: str, dtype: DTypeName, on_progress: OnProgress, *, kernels: 
     return LoadedBase(info, device, decoder, tokenizer)
 
 
+def make_config(settings: Settings, shape: ModelShape, device: Device) -> EngineConfig:
+    """The engine's sizes from the user's budgets. Raises `StartupError` if the KV cache would be too small to use."""
+    config = EngineConfig()
+    token_bytes = 2 * shape.num_layers * shape.kv_size * device.dtype.itemsize  # a key and a value in every layer
+    if settings.kv_mib is None:
+        num_tokens = min(config.kv_tokens, max(MAX_DEFAULT_KV_BYTES // token_bytes, MIN_KV_TOKENS))
+    else:
+        num_tokens = settings.kv_mib * 2**20 // token_bytes
+    if num_tokens < MIN_KV_TOKENS:
+        needed = -(-MIN_KV_TOKENS * token_bytes // 2**20)
+        raise StartupError(
+            f"--kv-memory {settings.kv_mib} holds {num_tokens} tokens of this base.", f"Use {needed} or more."
+        )
+    config = replace(config, kv_tokens=num_tokens // config.block_size * config.block_size)
+    if settings.adapter_mib is not None:
+        num_bytes = settings.adapter_mib * 2**20
+        config = replace(config, adapter_pool_bytes=num_bytes, adapter_host_bytes=num_bytes)
+    return config
+
+
 def make_store(shape: ModelShape, device: Device, config: EngineConfig) -> AdapterStore:
     """An empty adapter store for a base."""
     return AdapterStore(
@@ -137,6 +164,8 @@ def make_store(shape: ModelShape, device: Device, config: EngineConfig) -> Adapt
         dtype=device.dtype,
         device=device.torch_device,
         max_pages=config.max_adapter_pages,
+        max_pool_bytes=config.adapter_pool_bytes,
+        max_host_bytes=config.adapter_host_bytes,
     )
 
 
@@ -168,7 +197,8 @@ def check_personas(library: Library, base: str, on_progress: OnProgress) -> dict
     """Check all adapters as the daemon would, without loading the base's weights; notes as `load_adapters`."""
     device = choose_device("auto")
     folder = resolve_base(base, on_progress)
-    store = make_store(ModelShape.from_config(read_config(folder)), device, EngineConfig())
+    config = EngineConfig(adapter_host_bytes=0)  # nothing is going to speak
+    store = make_store(ModelShape.from_config(read_config(folder)), device, config)
     return load_adapters(store, library, describe_base(base, folder).name)
 
 
@@ -209,14 +239,12 @@ async def _serve(
     def on_death() -> None:
         loop.call_soon_threadsafe(stop.set)
 
-    engine = Engine(
-        base.decoder,
-        base.tokenizer,
-        adapters,
-        config,
-        on_step=server.on_step,
-        on_death=on_death,
-    )
+    try:
+        engine = Engine(base.decoder, base.tokenizer, adapters, config, on_step=server.on_step, on_death=on_death)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise StartupError(
+            "There is no memory for the KV cache and the adapters.", "Lower --kv-memory or --adapter-memory."
+        ) from error
     await server.start(sock, engine)
     project = settings.project or project_of(settings.personas)
     endpoint = Endpoint(port, os.getpid(), token, PROTOCOL_VERSION, base.info.name)

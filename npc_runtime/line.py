@@ -19,7 +19,7 @@ class Job:
     """One line for the engine, everything resolved."""
 
     request_id: int
-    batch: wire.Id
+    batch: wire.Id | None  # None: a warmup, which is no line and belongs to no batch
     arrival: float  # seconds, when the frame came in
     adapter: str | None
     prompt_ids: tuple[int, ...]

@@ -53,6 +53,8 @@ __all__ = [
     "Timing",
     "Usage",
     "Want",
+    "Warmup",
+    "WarmupItem",
     "Welcome",
     "is_id",
 ]
@@ -62,7 +64,7 @@ SUBPROTOCOLS = ("npc.v1.msgpack", "npc.v1.json")
 MAX_CLIENT_FRAME = 1 << 20
 MAX_SERVER_FRAME = 32 * 1024
 
-CAPS = ("generate", "cancel", "persona.list", "status", "fallback", "trim", "deadline", "context")
+CAPS = ("generate", "cancel", "persona.list", "warmup", "status", "fallback", "trim", "deadline", "context")
 """Features that a client may rely on; a message or feature that is not listed is refused `unsupported`."""
 
 LIMITS = {
@@ -70,11 +72,13 @@ LIMITS = {
     "reply_chars": 4_000,
     "lines": 256,
     "batch": 64,
+    "warmup": 64,
     "max_tokens": 1_024,
     "rank": 64,
     "frame": MAX_CLIENT_FRAME,
 }
-"""`welcome.limits`: code points of a text and of a reply, live lines of a connection, lines of a batch, …"""
+"""`welcome.limits`: code points of a text and of a reply, live lines of a connection, lines of a batch, personas of a
+warmup, …"""
 
 
 class CloseCode:
@@ -233,6 +237,15 @@ class PersonaList(Request):
     type: Literal["persona.list"] = "persona.list"
 
 
+class Warmup(Request):
+    """Make personas ready for their first line: the adapter on the device, the prompt computed as far as no player
+    changes it. The body of the `reply` is `personas`, a list of `WarmupItem`, sent when all are ready or rejected.
+    """
+
+    type: Literal["warmup"] = "warmup"
+    personas: list[Annotated[str, Field(max_length=64)]] = Field(min_length=1, max_length=LIMITS["warmup"])
+
+
 class Status(Request):
     """Ask how the daemon is."""
 
@@ -380,6 +393,20 @@ class BatchEnd(Message):
     forwards: int
 
 
+class WarmupItem(Message):
+    """One persona of a `warmup`. Of the `prompt_tokens` that its lines have in common, `cached_tokens` are in the
+    prefix cache now; they and the adapter stay while there is room.
+    """
+
+    persona: str
+    status: Literal["ready", "rejected"]
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    code: str | None = None
+    message: str | None = None
+    hint: str | None = None
+
+
 class Reply(Message):
     """The answer to a question; one that is larger than a frame comes as `part` of `parts`, `data` being JSON text."""
 
@@ -401,8 +428,8 @@ class Error(Message):
     hint: str = ""
 
 
-CLIENT_MESSAGES = (Hello, Generate, Cancel, PersonaList, Status, Bye)
+CLIENT_MESSAGES = (Hello, Generate, Cancel, PersonaList, Warmup, Status, Bye)
 SERVER_MESSAGES = (Welcome, Accepted, LineStart, Delta, LineEnd, BatchEnd, Reply, Error)
 
-ClientMessage = Hello | Generate | Cancel | PersonaList | Status | Bye
+ClientMessage = Hello | Generate | Cancel | PersonaList | Warmup | Status | Bye
 ServerMessage = Welcome | Accepted | LineStart | Delta | LineEnd | BatchEnd | Reply | Error

@@ -126,7 +126,7 @@ class NpcServer:
     def submit(self, owner: "_Connection", jobs: Iterable[Job]) -> None:
         """Give a connection's lines to the engine as one command."""
         assert self._engine is not None
-        requests = [_to_request(job, (owner, job.batch)) for job in jobs]
+        requests = [_to_request(job, None if job.batch is None else (owner, job.batch)) for job in jobs]
         self._owners.update((request.id, owner) for request in requests)
         self._engine.submit(requests)
 
@@ -363,6 +363,7 @@ def _to_request(job: Job, group: Hashable) -> Request:
         group=group,
         priority=job.priority,
         deadline=None if job.deadline_ms is None else job.arrival + job.deadline_ms / 1000,
+        is_warmup=job.batch is None,
     )
 
 

@@ -24,6 +24,7 @@ from npc_runtime.errors import (
 )
 from npc_runtime.line import Job, Line, chat_messages, error_info, line_end, line_start, resolve_sampling
 from npc_runtime.persona import Library, Message
+from npc_runtime.warmup import Warmup, warmup_job
 
 if TYPE_CHECKING:
     from npc_runtime.engine.core import Ended, Spoken, Started
@@ -144,6 +145,7 @@ class Session:
         self._lines: dict[wire.Id, Line] = {}
         self._by_request: dict[int, wire.Id] = {}
         self._batches: dict[wire.Id, _Batch] = {}
+        self._warming: dict[int, tuple[Warmup, str]] = {}  # by request: what it is for, and the persona
         self._next_tick: float | None = None
 
     @property
@@ -187,7 +189,9 @@ class Session:
         return []
 
     def on_ended(self, event: "Ended", now: float) -> list[Effect]:
-        """A line is over, and perhaps its batch with it."""
+        """A line is over, and perhaps its batch with it; or a persona is warm."""
+        if event.request_id in self._warming:
+            return self._on_warm(event)
         line = self._line_of(event.request_id)
         if line is None:
             return []
@@ -231,7 +235,8 @@ class Session:
     def disconnect(self) -> list[Effect]:
         """The connection is gone: cancel whatever runs; nothing more is sent."""
         self._state = "closed"
-        running = tuple(self._by_request)
+        running = (*self._by_request, *self._warming)
+        self._warming.clear()
         self._lines.clear()
         self._by_request.clear()
         self._batches.clear()
@@ -295,6 +300,8 @@ class Session:
             case wire.PersonaList():
                 infos = [info.model_dump(mode="json", exclude_none=True) for info in self._persona_infos()]
                 return self.reply(message.id, {"personas": infos})
+            case wire.Warmup():
+                return self._on_warmup(message, now)
             case wire.Status():
                 return [SendStatus(message.id)]
             case wire.Bye():
@@ -323,11 +330,8 @@ class Session:
             try:
                 line = self._prepare(document, message.batch, now)
             except Exception as error:  # besides our own, whatever a base's chat template raises
-                if not isinstance(error, WireError):
-                    logger.exception("a line of %s could not be prepared", self.name)
-                    error = InternalError("The line could not be prepared.", "The daemon's log has the details.")
                 batch.num_failed += 1
-                items.append(_rejected(document, error))
+                items.append(_rejected(document, self._as_wire(error)))
                 continue
             self._lines[line.request.line] = line
             self._by_request[line.job.request_id] = line.request.line
@@ -345,8 +349,7 @@ class Session:
         request = codec.parse_line(document)
         if request.line in self._lines:
             raise InvalidError(f"line {request.line!r} is still running.", "Give every line its own id.")
-        if len(self._lines) >= wire.LIMITS["lines"]:
-            raise OverloadError(f"{wire.LIMITS['lines']} lines are running on this connection.", "Wait for some.")
+        self._check_room()
         if request.persona is None:
             raise InvalidError("'persona' is missing.", "Name the persona that speaks.")
         persona = self._library.find(request.persona)
@@ -374,6 +377,36 @@ class Session:
         )
         digest = hashlib.sha256(",".join(map(str, prompt_ids)).encode()).hexdigest()[:16]
         return Line(request=request, batch=batch, job=job, persona=persona, prompt_hash=digest)
+
+    def _on_warmup(self, message: wire.Warmup, now: float) -> list[Effect]:
+        warmup = Warmup(message.id, message.personas)
+        jobs = []
+        for persona_id in warmup.personas:
+            try:
+                self._check_room()
+                persona = self._library.find(persona_id)
+                job = warmup_job(persona, self._render, request_id=self._new_request_id(), now=now)
+            except Exception as error:  # besides our own, whatever a base's chat template raises
+                warmup.reject(persona_id, self._as_wire(error))
+                continue
+            self._warming[job.request_id] = warmup, persona_id
+            jobs.append(job)
+        return [Submit(tuple(jobs))] if jobs else self.reply(warmup.re, warmup.body)
+
+    def _on_warm(self, event: "Ended") -> list[Effect]:
+        warmup, persona_id = self._warming.pop(event.request_id)
+        warmup.finish(persona_id, event)
+        return self.reply(warmup.re, warmup.body) if warmup.is_over else []
+
+    def _check_room(self) -> None:
+        if len(self._lines) + len(self._warming) >= wire.LIMITS["lines"]:
+            raise OverloadError(f"{wire.LIMITS['lines']} lines are running on this connection.", "Wait for some.")
+
+    def _as_wire(self, error: Exception) -> WireError:
+        if isinstance(error, WireError):
+            return error
+        logger.error("a line of %s could not be prepared", self.name, exc_info=error)
+        return InternalError("The line could not be prepared.", "The daemon's log has the details.")
 
     def _fit(self, accepted: wire.Accepted) -> wire.Accepted:
         """Shorten what is said about rejected lines until the frame is small enough; the codes always stay."""

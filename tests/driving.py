@@ -1,9 +1,20 @@
 """Drives an engine without its thread, step by step, with an integrity check after each."""
 
+import itertools
+import time
 from dataclasses import dataclass, field
 
 from npc_runtime.engine.adapters import AdapterStore
-from npc_runtime.engine.core import Ended, EngineConfig, Request, SamplingParams, Spoken, Started
+from npc_runtime.engine.core import (
+    Admission,
+    Ended,
+    EngineConfig,
+    Request,
+    SamplingParams,
+    Sequence,
+    Spoken,
+    Started,
+)
 from npc_runtime.engine.engine import Engine
 
 
@@ -54,8 +65,34 @@ class TinyBase:
         self.tokenizer = FakeTokenizer()
 
 
-def make_store(decoder, max_pages=64):
-    return AdapterStore(decoder.shape, decoder.layout, dtype=decoder.dtype, device=decoder.device, max_pages=max_pages)
+def make_store(decoder, max_pages=64, **budgets):
+    options = dict(dtype=decoder.dtype, device=decoder.device, max_pages=max_pages, **budgets)
+    return AdapterStore(decoder.shape, decoder.layout, **options)
+
+
+_holders = itertools.count(1_000_000)
+
+
+def ask(store, name, request_id=None):
+    """A line that wants the adapter, and what it is told."""
+    sequence = Sequence(greedy(request_id or next(_holders), [3], name))
+    outcome = store.admit(sequence)
+    sequence.is_promised = outcome is Admission.LOADING
+    return sequence, outcome
+
+
+def hold(store, name):
+    """Make the adapter resident and in use, whatever loads it takes; returns who uses it, for `store.leave`."""
+    store.open()
+    sequence, outcome = ask(store, name)
+    for _ in range(2_000):
+        for failure in store.collect():
+            raise failure.error
+        if outcome is Admission.ADMITTED:
+            return sequence
+        time.sleep(0.001)
+        outcome = store.admit(sequence)
+    raise AssertionError(f"{name} was not loaded: {outcome}")
 
 
 def make_engine(base, store, config=None, **options):
@@ -69,7 +106,7 @@ def speak(engine, run, requests, max_steps=2_000):
     engine.submit(requests)
     sequences = {}
     for _ in range(max_steps):
-        engine.step()
+        engine.step(wait=engine._scheduler.has_work)
         engine.check_integrity()
         sequences.update({s.request.id: s for s in engine._scheduler.running})
         run.tokens = {request_id: s.output_ids for request_id, s in sequences.items()}
@@ -78,7 +115,7 @@ def speak(engine, run, requests, max_steps=2_000):
     raise AssertionError("the engine did not finish")
 
 
-def greedy(request_id, prompt_ids, adapter, *, max_tokens=48, group="batch", **sampling):
+def greedy(request_id, prompt_ids, adapter, *, max_tokens=48, group="batch", deadline=None, **sampling):
     settings = {"seed": 0, "temperature": 0.0, "min_tokens": max_tokens, **sampling}
     return Request(
         id=request_id,
@@ -87,4 +124,5 @@ def greedy(request_id, prompt_ids, adapter, *, max_tokens=48, group="batch", **s
         arrival=0.0,
         adapter=adapter,
         group=group,
+        deadline=deadline,
     )

@@ -26,6 +26,7 @@ PARTS = [
     wire.Want,
     wire.AcceptedItem,
     wire.PersonaInfo,
+    wire.WarmupItem,
     wire.BaseModelInfo,
     wire.DeltaItem,
     wire.Usage,

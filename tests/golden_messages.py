@@ -31,6 +31,7 @@ CLIENT = [
     ),
     wire.Cancel(id=3, lines=[1, "l2"]),
     wire.PersonaList(id=4),
+    wire.Warmup(id=7, personas=["odo", "vaskar"]),
     wire.Status(id=5),
     wire.Bye(id=6),
 ]

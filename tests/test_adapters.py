@@ -1,20 +1,22 @@
-"""Adapters from disk: every PEFT variant that is applied, every one that is refused, and every kind of garbage."""
+"""The adapter store: what is loaded when, by whom and from where, and what a load that fails leaves behind."""
 
-import contextlib
-import json
 import shutil
+import threading
+import time
 
 import pytest
 import torch
-from tiny import CONFIGS, SIZES, make_adapter, make_model, rewrite
-from transformers import AutoModelForCausalLM, LlamaConfig
+from conftest import MS
+from driving import ask, hold
+from tiny import make_adapter, make_model
 
 from npc_runtime.engine.adapters import AdapterStore
+from npc_runtime.engine.core import Admission
 from npc_runtime.engine.model import ModelShape, PageLayout
 from npc_runtime.engine.peft_folder import load_peft_folder
 from npc_runtime.errors import AdapterIncompatible, AdapterMissing
 
-CPU = torch.device("cpu")
+RANKS = {"a": 8, "b": 16, "c": 8, "wide": 64}
 
 
 @pytest.fixture(scope="module")
@@ -28,127 +30,156 @@ def shape(model):
 
 
 @pytest.fixture
-def adapter(model, tmp_path):
-    return make_adapter(model, tmp_path / "adapter", rank=8)
+def folders(model, tmp_path):
+    return {name: make_adapter(model, tmp_path / name, rank=rank, seed=rank) for name, rank in RANKS.items()}
 
 
-def load(folder, shape, **options):
-    return load_peft_folder(folder, shape, PageLayout.of(shape), dtype=torch.float32, **options)
+@pytest.fixture
+def make(shape, folders):
+    """Make stores of the named adapters; their loaders are gone after the test."""
+    made = []
+
+    def make_store(names="abc", max_pages=2, **budgets):
+        options = dict(dtype=torch.float32, device=torch.device("cpu"), max_pages=max_pages, **budgets)
+        store = AdapterStore(shape, PageLayout.of(shape), **options)
+        for name in names:
+            store.add(name, [(folders[name], 1.0)])
+        made.append(store)
+        return store
+
+    yield make_store
+    for store in made:
+        store.close(30_000 * MS)
+        assert store._loader is None or not store._loader.is_alive()
 
 
-def delta(pages, shape, layer, group, index):
-    """`B A` of one linear, from its pages; (out_features, in_features)."""
-    span = PageLayout.of(shape).layers[layer][group]
-    a_start = span.start + index * 16 * span.in_features
-    b_start = span.b_start + 16 * sum(span.out_features[:index])
-    out = span.out_features[index]
-    a = pages[:, a_start : a_start + 16 * span.in_features].reshape(-1, span.in_features)
-    b = pages[:, b_start : b_start + 16 * out].reshape(-1, out)
-    return b.T @ a
+def read(folder, shape):
+    return load_peft_folder(folder, shape, PageLayout.of(shape), dtype=torch.float32)
 
 
-VARIANTS = {
-    "lora": {},
-    "rank 24, two pages": {"rank": 24},
-    "rank 64, four pages": {"rank": 64},
-    "rsLoRA": {"use_rslora": True, "lora_alpha": 12},
-    "rank and alpha patterns": {
-        "rank_pattern": {"q_proj": 4, r"layers\.1\.mlp\.down_proj": 20},
-        "alpha_pattern": {"q_proj": 3, r"layers\.1\.mlp\.down_proj": 50, "up_proj": 1},
-    },
-    "attention only": {"target_modules": ["q_proj", "v_proj"]},
-}
-PLACES = {
-    "self_attn.q_proj": (0, 0),
-    "self_attn.k_proj": (0, 1),
-    "self_attn.v_proj": (0, 2),
-    "self_attn.o_proj": (1, 0),
-    "mlp.gate_proj": (2, 0),
-    "mlp.up_proj": (2, 1),
-    "mlp.down_proj": (3, 0),
-}
+def settle(store):
+    """Wait for one load; returns what failed."""
+    for _ in range(2_000):
+        if not store._outcomes.empty():
+            return store.collect()
+        time.sleep(1 * MS)
+    raise AssertionError("nothing was loaded")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_pages_hold_what_peft_would_merge(variant, tmp_path, shape):
-    from peft import PeftModel
+def count_reads(store, monkeypatch):
+    reads, right = [], store.host._read
 
-    base = make_model("llama", tmp_path / "model")
-    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    folder = make_adapter(base, tmp_path / "adapter", **VARIANTS[variant])
-    pages = load(folder, shape).pages
-    merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload().state_dict()
-    for layer in range(shape.num_layers):
-        for module, (group, index) in PLACES.items():
-            name = f"model.layers.{layer}.{module}.weight"
-            got = delta(pages, shape, layer, group, index)
-            torch.testing.assert_close(got, merged[name] - before[name], atol=1e-5, rtol=1e-4)
+    def reading(parts):
+        reads.append((parts[0][0].name, threading.current_thread().name))
+        return right(parts)
+
+    monkeypatch.setattr(store.host, "_read", reading)
+    return reads
 
 
-def test_the_personas_scale_is_folded_in(adapter, shape):
-    whole, half = load(adapter, shape), load(adapter, shape, scale=0.5)
-    torch.testing.assert_close(delta(half.pages, shape, 2, 2, 1), 0.5 * delta(whole.pages, shape, 2, 2, 1))
-    assert whole.digest != half.digest
+def test_what_fits_is_there_from_the_start(make, folders, shape):
+    store = make(["a", "wide", "b"], max_pages=5)
+    store.open()
+    assert store.resident == ("a", "wide")
+    assert store.pool.shape[0] == 5
+    for name in store.resident:
+        assert torch.equal(store.pool[store.pages_of(name)], read(folders[name], shape).pages)
 
 
-def test_a_list_of_adapters_adds_up(model, adapter, shape, tmp_path):
-    other = make_adapter(model, tmp_path / "other", rank=24, seed=5)
-    store = AdapterStore(shape, PageLayout.of(shape), dtype=torch.float32, device=CPU, max_pages=8)
-    both = store.add("both", [(adapter, 1.0), (other, 0.5)])
-    expected = delta(load(adapter, shape).pages, shape, 1, 0, 2)
-    expected = expected + 0.5 * delta(load(other, shape).pages, shape, 1, 0, 2)
-    torch.testing.assert_close(delta(both.pages, shape, 1, 0, 2), expected, atol=1e-6, rtol=1e-5)
+def test_the_pool_is_no_larger_than_needed(make):
+    store = make("ab", max_pages=64)
+    store.open()
+    assert store.pool.shape[0] == 2
 
 
-def edit_config(**changes):
-    def change(folder):
-        path = folder / "adapter_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-    return change
-
-
-def edit_tensors(change):
-    return lambda folder: rewrite(folder, change)
-
-
-def first_of(tensors, end):
-    return next(name for name in sorted(tensors) if name.endswith(end))
+def test_another_one_is_loaded_by_the_loader_and_changes_the_version(make, folders, shape, monkeypatch):
+    store = make(max_host_bytes=0)
+    reads = count_reads(store, monkeypatch)
+    store.open()
+    before = store.version
+    line, outcome = ask(store, "b")
+    assert outcome is Admission.LOADING
+    assert settle(store) == []
+    assert store.version != before
+    assert store.admit(line) is Admission.ADMITTED
+    assert torch.equal(store.pool[store.pages_of("b")], read(folders["b"], shape).pages)
+    assert reads == [("b", "adapter loader")]
 
 
-def set_nan(tensors):
-    tensors[first_of(tensors, "q_proj.lora_A.weight")][0, 0] = float("nan")
+def test_the_engine_is_woken_by_every_load(make):
+    store = make(max_host_bytes=0)
+    store.open()
+    woken = threading.Event()
+    store.on_loaded = woken.set
+    ask(store, "a")
+    assert woken.wait(30_000 * MS)
 
 
-def drop_b(tensors):
-    del tensors[first_of(tensors, "v_proj.lora_B.weight")]
+def test_adapters_take_turns_in_the_pages(make, folders, shape):
+    store = make()
+    for name in "cabcabacb":
+        line = hold(store, name)
+        assert torch.equal(store.pool[store.pages_of(name)], read(folders[name], shape).pages)
+        assert len(store.resident) <= 2
+        store.check_integrity([line], [])
+        store.leave(line)
 
 
-def add_head(tensors):
-    tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(8, 48)
+def test_copies_stay_within_their_budget_and_the_rest_is_read_again(make, monkeypatch):
+    whole = make(max_host_bytes=None)
+    page_bytes = whole.host._copies["a"].pages.nbytes
+    store = make(max_host_bytes=2 * page_bytes)
+    reads = count_reads(store, monkeypatch)
+    assert store.host.names == ["b", "c"]
+    store.open()
+    assert store.resident == ("b", "c")
+    for name in "abab":
+        store.leave(hold(store, name))
+        assert store.host.num_bytes == sum(copy.pages.nbytes for copy in store.host._copies.values()) <= 2 * page_bytes
+    assert [name for name, _ in reads] == ["a", "b"]
+    assert store.host.names == ["a", "b"]
 
 
-def widen(tensors):
-    name = first_of(tensors, "o_proj.lora_A.weight")
-    tensors[name] = torch.zeros(8, 65)
+def test_a_copy_spares_the_disk(make, folders):
+    store = make()
+    store.open()
+    for folder in folders.values():
+        shutil.rmtree(folder)
+    for name in "cab":
+        store.leave(hold(store, name))
 
 
-def add_layer(tensors):
-    tensors["base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"] = torch.zeros(8, 48)
+def test_a_byte_budget_bounds_the_pool(make, shape):
+    page_bytes = PageLayout.of(shape).num_elements * 4
+    store = make(max_pages=64, max_pool_bytes=3 * page_bytes - 1)
+    store.open()
+    assert store.pool.shape[0] == 2
 
 
-def make_huge_rank(tensors):
-    tensors[first_of(tensors, "q_proj.lora_A.weight")] = torch.zeros(512, 48)
+def test_an_adapter_larger_than_the_pool_is_refused(make):
+    with pytest.raises(AdapterIncompatible, match="needs 4 pages, the pool has 2") as caught:
+        make(["wide"])
+    assert "--adapter-memory" in caught.value.hint
 
 
-def empty_pair(tensors):
-    tensors[first_of(tensors, "q_proj.lora_A.weight")] = torch.zeros(0, 48)
-    tensors[first_of(tensors, "q_proj.lora_B.weight")] = torch.zeros(64, 0)
+def test_a_list_of_adapters_adds_up(make, folders, shape):
+    store = make([])
+    both = store.add("both", [(folders["a"], 1.0), (folders["b"], 0.5)])
+    half = load_peft_folder(folders["b"], shape, PageLayout.of(shape), dtype=torch.float32, scale=0.5)
+    assert torch.equal(both.pages, torch.cat((read(folders["a"], shape).pages, half.pages)))
+    assert both.rank == 24
+    line = hold(store, "both")
+    assert torch.equal(store.pool[store.pages_of("both")], both.pages)
+    store.leave(line)
 
 
-def narrow(tensors):
-    name = first_of(tensors, "q_proj.lora_A.weight")
-    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+def swap(folder):
+    shutil.copy(folder.parent / "c" / "adapter_model.safetensors", folder)
+
+
+def rescale(folder):
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 16', '"lora_alpha": 32'))
 
 
 def truncate(folder):
@@ -156,148 +187,79 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def claim_a_header_of_10_gb(folder):
-    path = folder / "adapter_model.safetensors"
-    path.write_bytes((10 * 2**30).to_bytes(8, "little") + path.read_bytes()[8:])
+@pytest.mark.parametrize(
+    ("spoil", "kind", "message", "hint"),
+    [
+        (shutil.rmtree, AdapterMissing, "does not exist", "correct the persona"),
+        (swap, AdapterIncompatible, "not the adapter that the daemon started with", "Restart the daemon"),
+        (rescale, AdapterIncompatible, "not the adapter that the daemon started with", "Restart the daemon"),
+        (truncate, AdapterIncompatible, "damaged", "Copy or export"),
+    ],
+)
+def test_a_failed_load_names_file_and_remedy_and_can_be_tried_again(
+    make, folders, tmp_path, spoil, kind, message, hint
+):
+    folder = folders["a"]
+    store = make("ab", max_host_bytes=0)
+    shutil.copytree(folder, tmp_path / "kept")
+    make_other = folders["c"] / "adapter_model.safetensors"
+    make_other.write_bytes(make_other.read_bytes()[:-1] + b"\x01")
+    spoil(folder)
+    store.open()
+    line, _ = ask(store, "a", 7)
+    [failure] = settle(store)
+    assert (failure.name, failure.wanted_by, type(failure.error)) == ("a", {7}, kind)
+    assert str(folder) in failure.error.message
+    assert message in failure.error.message
+    assert hint in failure.error.hint
+    store.leave(line)
+    store.check_integrity([], [])
+    assert store.resident == ()
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(tmp_path / "kept", folder)
+    store.leave(hold(store, "a"))
+    assert store.resident == ("a",)
 
 
-def write_noise(folder):
-    (folder / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 40)
+def test_a_reader_that_fails_in_an_unknown_way_spoils_nothing_else(make, monkeypatch):
+    store = make(max_host_bytes=0)
+    store.open()
+    right = store.host.get
+
+    def get(name):
+        if name == "a":
+            raise RuntimeError("a defect")
+        return right(name)
+
+    monkeypatch.setattr(store.host, "get", get)
+    line, _ = ask(store, "a")
+    [failure] = settle(store)
+    assert "a defect" in failure.error.message
+    store.leave(line)
+    store.leave(hold(store, "b"))
 
 
-def pickle_instead(folder):
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+def test_closing_finishes_the_load_it_is_in_and_begins_no_other(make, monkeypatch):
+    store = make(max_host_bytes=0)
+    reads, right = [], store.host.get
+    is_loading, may_go_on = threading.Event(), threading.Event()
 
+    def get(name):
+        reads.append(name)
+        is_loading.set()
+        assert may_go_on.wait(30_000 * MS)
+        return right(name)
 
-def write_a_bad_config(folder):
-    (folder / "adapter_config.json").write_bytes(b"\xff{")
-
-
-BAD = {
-    "folder gone": (shutil.rmtree, AdapterMissing, "does not exist"),
-    "no config": (lambda f: (f / "adapter_config.json").unlink(), AdapterMissing, "adapter_config.json"),
-    "only a pickle": (pickle_instead, AdapterMissing, "pickle"),
-    "truncated": (truncate, AdapterIncompatible, "damaged"),
-    "10 GB header": (claim_a_header_of_10_gb, AdapterIncompatible, "damaged"),
-    "noise": (write_noise, AdapterIncompatible, "damaged"),
-    "config is noise": (write_a_bad_config, AdapterIncompatible, "adapter_config.json"),
-    "NaN": (edit_tensors(set_nan), AdapterIncompatible, r"q_proj\.lora_A\.weight has NaN"),
-    "half a pair": (edit_tensors(drop_b), AdapterIncompatible, "v_proj lacks"),
-    "head": (edit_tensors(add_head), AdapterIncompatible, r"lm_head\.lora_A"),
-    "another hidden size": (
-        edit_tensors(widen),
-        AdapterIncompatible,
-        r"o_proj.* \(8, 65\).* made for 'base'",
-    ),
-    "more layers": (edit_tensors(add_layer), AdapterIncompatible, "layer 7, but this base has 3"),
-    "rank 512": (edit_tensors(make_huge_rank), AdapterIncompatible, "rank 512, not 1 to 64"),
-    "empty": (edit_tensors(lambda tensors: tensors.clear()), AdapterIncompatible, "no LoRA tensors"),
-    "DoRA": (edit_config(use_dora=True), AdapterIncompatible, "use_dora"),
-    "bias": (edit_config(bias="all"), AdapterIncompatible, "bias"),
-    "saved modules": (edit_config(modules_to_save=["lm_head"]), AdapterIncompatible, "modules_to_save"),
-    "alpha is text": (edit_config(lora_alpha="abc"), AdapterIncompatible, "lora_alpha"),
-    "alpha is null": (edit_config(lora_alpha=None), AdapterIncompatible, "lora_alpha"),
-    "alpha is infinite": (edit_config(lora_alpha=float("inf")), AdapterIncompatible, "do not fit"),
-    "alpha is no number": (edit_config(lora_alpha=float("nan")), AdapterIncompatible, "do not fit"),
-    "alpha is absurd": (edit_config(lora_alpha=1e300), AdapterIncompatible, "do not fit"),
-    "bad pattern": (edit_config(alpha_pattern={"(q_proj": 3}), AdapterIncompatible, "alpha_pattern"),
-    "pattern is a list": (edit_config(alpha_pattern=["q_proj"]), AdapterIncompatible, "alpha_pattern"),
-    "rsLoRA is text": (edit_config(use_rslora="false"), AdapterIncompatible, "use_rslora"),
-    "rank 0": (edit_tensors(empty_pair), AdapterIncompatible, "rank 0"),
-    "float8": (edit_tensors(narrow), AdapterIncompatible, "type F8_E4M3"),
-    "PiSSA": (edit_config(init_lora_weights="pissa_niter_4"), AdapterIncompatible, "pissa"),
-    "KaSA": (edit_config(kasa_config={"beta": 1}), AdapterIncompatible, "kasa_config"),
-    "parameters": (edit_config(target_parameters=["mlp.experts"]), AdapterIncompatible, "target_parameters"),
-    "not LoRA": (edit_config(peft_type="IA3"), AdapterIncompatible, "peft_type IA3"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_applied_is_refused_by_name(case, adapter, shape):
-    spoil, kind, message = BAD[case]
-    spoil(adapter)
-    with pytest.raises(kind, match=message) as caught:
-        load(adapter, shape)
-    assert str(adapter) in str(caught.value)
-    assert caught.value.hint
-
-
-def test_random_changes_of_a_file_never_crash_the_reader(adapter, shape):
-    """300 damaged copies: each loads or is refused with one of our errors."""
-    path = adapter / "adapter_model.safetensors"
-    sound = path.read_bytes()
-    generator = torch.Generator().manual_seed(1)
-    refused = 0
-    for _ in range(300):
-        where = torch.randint(0, 2000, (4,), generator=generator).tolist()
-        data = bytearray(sound)
-        for place in where:
-            data[place] ^= 1 + torch.randint(0, 255, (1,), generator=generator).item()
-        path.write_bytes(data)
-        try:
-            load(adapter, shape)
-        except (AdapterIncompatible, AdapterMissing):
-            refused += 1
-    assert refused > 100
-
-
-def test_random_configs_never_crash_the_reader(adapter, shape):
-    """Every known key with every odd value: loaded, or refused with one of our errors."""
-    path = adapter / "adapter_config.json"
-    sound = json.loads(path.read_text())
-    odd = [None, True, "", "x", "none", -1, 0, 1e308, [], ["a"], {}, {"a": 1}, {"": None}, [[1]]]
-    for key in [*sound, "unknown_key"]:
-        for value in odd:
-            path.write_text(json.dumps({**sound, key: value}))
-            with contextlib.suppress(AdapterIncompatible):
-                load(adapter, shape)
-
-
-def make_store(shape, folders, max_pages):
-    store = AdapterStore(shape, PageLayout.of(shape), dtype=torch.float32, device=CPU, max_pages=max_pages)
-    for name, folder in folders.items():
-        store.add(name, [(folder, 1.0)])
-    return store
-
-
-def test_the_least_recently_used_adapter_makes_room(model, shape, tmp_path):
-    folders = {n: make_adapter(model, tmp_path / n, rank=8, seed=i) for i, n in enumerate("abc")}
-    store = make_store(shape, folders, max_pages=2)
-    for name in ("a", "b", "a"):
-        assert store.acquire(name)
-        store.release(name)
-    assert store.acquire("c")
-    assert store.resident == ("a", "c")
-    torch.testing.assert_close(store.pool[store.pages_of("c")], load(folders["c"], shape).pages)
-    store.check_integrity()
-
-
-def test_adapters_in_use_are_never_pushed_out(model, shape, tmp_path):
-    folders = {n: make_adapter(model, tmp_path / n, rank=8, seed=i) for i, n in enumerate("abc")}
-    store = make_store(shape, folders, max_pages=2)
-    assert store.acquire("a")
-    assert store.acquire("b")
-    assert not store.acquire("c")
-    store.release("a")
-    assert store.acquire("c")
-    assert store.resident == ("b", "c")
-
-
-def test_an_adapter_larger_than_the_pool_is_refused(model, shape, tmp_path):
-    folder = make_adapter(model, tmp_path / "wide", rank=64)
-    with pytest.raises(AdapterIncompatible, match="needs 4 pages, the pool has 2"):
-        make_store(shape, {"wide": folder}, max_pages=2)
-
-
-def test_every_family_has_a_page_layout_without_gaps():
-    for name in CONFIGS:
-        shape = ModelShape.from_config(CONFIGS[name]())
-        spans = [span for layer in PageLayout.of(shape).layers for span in layer]
-        assert [span.start for span in spans[1:]] == [span.stop for span in spans[:-1]]
-
-
-def test_an_adapter_of_another_family_is_refused(shape, tmp_path):
-    config = LlamaConfig(**{**SIZES, "hidden_size": 64})
-    folder = make_adapter(AutoModelForCausalLM.from_config(config), tmp_path / "other", name="other-base")
-    with pytest.raises(AdapterIncompatible, match="made for 'other-base'"):
-        load(folder, shape)
+    monkeypatch.setattr(store.host, "get", get)
+    store.open()
+    ask(store, "a")
+    ask(store, "b")
+    assert is_loading.wait(30_000 * MS)
+    started = time.monotonic()
+    store.close(50 * MS)
+    assert time.monotonic() - started < 1_000 * MS
+    assert store._loader.is_alive(), "the bound is the caller's, the load goes on"
+    may_go_on.set()
+    store.close(30_000 * MS)
+    assert not store._loader.is_alive()
+    assert reads == ["a"]

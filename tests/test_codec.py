@@ -25,6 +25,7 @@ CLIENT = [
     wire.Cancel(lines=[1, "two"]),
     wire.Cancel(all=True),
     wire.PersonaList(),
+    wire.Warmup(personas=["brom", "odo"]),
     wire.Status(id=2**53 - 1),
     wire.Bye(),
 ]
@@ -311,7 +312,7 @@ def test_a_wrong_field_of_a_message_is_named(document, named):
         codec.parse_client(document)
 
 
-@pytest.mark.parametrize("kind", ["npc.open", "persona.put", "warmup", "shutdown", "welcome", "x" * 9_000, ""])
+@pytest.mark.parametrize("kind", ["npc.open", "persona.put", "world.set", "shutdown", "welcome", "x" * 9_000, ""])
 def test_a_type_that_is_not_served_is_unsupported(kind):
     with pytest.raises(UnsupportedError) as caught:
         codec.parse_client({"type": kind})

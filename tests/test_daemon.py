@@ -11,6 +11,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from npc_runtime.client import Client, RequestError
 from npc_runtime.errors import DisconnectedError
+from npc_runtime.persona import shipped_personas
 
 ALL = ("brom", "marta", "odo", "thalindra", "vaskar")
 
@@ -129,6 +130,35 @@ async def test_status_and_persona_list(daemon):
     assert status["forwards"] > 0
     assert "odo" in status["adapters"]
     assert [persona.id for persona in personas] == list(ALL)
+
+
+async def test_after_a_warmup_the_first_line_finds_its_prompt(make_daemon):
+    """A daemon that has said nothing yet: both kinds of persona, and one that is not there."""
+    daemon = make_daemon("--personas", str(shipped_personas()), "--dtype", "float32")
+    async with await Client.connect(daemon.url, token=daemon.token) as client:
+        odo, marta, nobody = await client.warmup(["odo", "marta", "nobody"])
+        assert (nobody.status, nobody.code) == ("rejected", "persona_unknown")
+        status = await client.status()
+        assert status["tokens"] == 0
+        assert "odo" in status["adapters"]
+        for item in (odo, marta):
+            assert (item.status, item.code) == ("ready", None)
+            assert item.prompt_tokens - 16 < item.cached_tokens <= item.prompt_tokens
+            end = await client.say(item.persona, "Who are you?")
+            assert end.usage.cached == item.cached_tokens > 0
+            assert end.usage.cached >= end.usage.prompt - 48, "all but the player's words and what follows them"
+
+
+async def test_a_warmup_ends_with_its_connection(daemon):
+    async with play(daemon) as game:
+        await game.send(type="warmup", id=1, personas=list(ALL))
+    async with await Client.connect(daemon.url, token=daemon.token) as client:
+        for _ in range(100):
+            status = await client.status()
+            if status["active"] + status["queued"] == 0 and status["connections"] == 1:
+                break
+            await asyncio.sleep(50 * MS)
+        assert (status["active"], status["queued"], status["kv_used"]) == (0, 0, 0.0)
 
 
 @pytest.mark.parametrize("as_json", [True, False])

@@ -1,10 +1,11 @@
 """The engine's loop: whatever fails in a step, every line ends exactly once and the next lines are spoken."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
-from driving import FakeTokenizer, greedy, make_engine, speak
+from driving import NUM_ADAPTERS, FakeTokenizer, greedy, hold, make_engine, make_store, speak
 
 from npc_runtime.engine.core import Ended, EndReason, EngineConfig
 from npc_runtime.engine.engine import Engine
@@ -51,7 +52,7 @@ def test_a_failed_admission_ends_what_waits(tiny, monkeypatch):
     """No memory for the adapter pages: nothing runs yet, so the queue itself is the trouble."""
     base, store = tiny
     engine, run = make_engine(base, store)
-    break_once(monkeypatch, store, "acquire", torch.OutOfMemoryError("full"))
+    break_once(monkeypatch, store, "admit", torch.OutOfMemoryError("full"))
     speak(engine, run, lines(2))
     assert {end_of(run, n).error.code for n in (1, 2)} == {"out_of_memory"}
     assert speak(engine, run, [greedy(9, range(3, 12), "a0", max_tokens=6)]).ended(9).reason == EndReason.LENGTH
@@ -81,9 +82,9 @@ def test_numbers_that_overflow_end_their_line_and_spare_the_neighbours(tiny):
     engine, run = make_engine(base, store, EngineConfig(kv_tokens=64))
     healthy = greedy(1, range(3, 12), "a1", max_tokens=6)
     alone = list(speak(engine, run, [healthy]).tokens[1])
-    store.acquire("a0")
+    holder = hold(store, "a0")
     store.pool[store.pages_of("a0")] *= 1e36
-    store.release("a0")
+    store.leave(holder)
     engine, run = make_engine(base, store, EngineConfig(kv_tokens=64))
     speak(engine, run, [greedy(2, range(3, 12), "a1", max_tokens=6), greedy(3, range(3, 12), "a0", max_tokens=6)])
     assert end_of(run, 3).error.message == "The numbers of the adapter of a0 overflowed."
@@ -167,3 +168,84 @@ def test_preempted_lines_say_the_same(tiny):
     engine, run = make_engine(base, store, EngineConfig(kv_tokens=160, block_size=4))
     assert speak(engine, run, requests).tokens == roomy
     assert engine.stats().num_preempted > 0
+
+
+# -- warmups -------------------------------------------------------------------------------------------------
+
+
+def warmup(number, prompt, adapter):
+    return replace(greedy(number, prompt, adapter, max_tokens=1, group=None), is_warmup=True)
+
+
+def test_a_warmup_speaks_nothing_and_the_first_line_finds_its_prompt(tiny):
+    base, store = tiny
+    prompt = tuple(range(3, 45))
+    fresh, run = make_engine(base, store)
+    expected = list(speak(fresh, run, [greedy(1, prompt, "a1", max_tokens=8)]).tokens[1])
+
+    engine, run = make_engine(base, store)
+    speak(engine, run, [warmup(1, prompt[:40], "a1")])
+    end = run.ended(1)
+    assert (end.reason, end.text, end.num_completion) == (EndReason.STOP, "", 0)
+    assert (end.num_prompt, end.num_cached) == (40, 32)
+    assert run.forwards == {}, "it is no part of any batch"
+    assert (engine.stats().num_tokens, engine.stats().tokens_per_s, engine.stats().num_forwards) == (0, 0.0, 1)
+    speak(engine, run, [greedy(2, prompt, "a1", max_tokens=8), greedy(3, prompt, "a2", max_tokens=8)])
+    assert [run.ended(number).num_cached for number in (2, 3)] == [32, 0]
+    assert run.tokens[2] == expected
+    assert run.tokens[3] != expected
+
+
+def test_personas_with_one_text_and_other_adapters_never_share(tiny):
+    """Warmed with the same words: each says what it says alone, computed by an engine that knows nothing."""
+    base, store = tiny
+    prompt = tuple(range(3, 45))
+    names = [None, *(f"a{number}" for number in range(NUM_ADAPTERS))]
+    engine, run = make_engine(base, store)
+    speak(engine, run, [warmup(number, prompt[:32], name) for number, name in enumerate(names)])
+    speak(engine, run, [greedy(100 + n, prompt, name, max_tokens=8) for n, name in enumerate(names)])
+    warm = {number: list(run.tokens[100 + number]) for number in range(len(names))}
+    assert {run.ended(100 + number).num_cached for number in range(len(names))} == {32}
+    for number, name in enumerate(names):
+        engine, alone = make_engine(base, store)
+        assert speak(engine, alone, [greedy(1, prompt, name, max_tokens=8)]).tokens[1] == warm[number]
+    assert len({tuple(tokens) for tokens in warm.values()}) == len(names)
+
+
+def test_a_warmup_changes_nothing_for_the_line_beside_it(tiny):
+    base, store = tiny
+    engine, run = make_engine(base, store)
+    alone = list(speak(engine, run, lines(1)).tokens[1])
+    engine, run = make_engine(base, store)
+    speak(engine, run, [*lines(1), warmup(50, range(3, 80), "a3"), warmup(51, range(3, 20), None)])
+    assert run.tokens[1] == alone
+    assert run.forwards == {"batch": 6}
+    assert engine.stats().num_tokens == 6
+    assert run.ended(50).reason == run.ended(51).reason == EndReason.STOP
+
+
+def test_a_warmup_loads_and_pins_its_adapter(tiny, tmp_path):
+    """Pages for two adapters: the warm one stays while the others take turns beside it."""
+    base, _ = tiny
+    store = make_store(base.decoder, max_pages=2, max_host_bytes=0)
+    for number in (0, 1, 4, 5):
+        store.add(f"a{number}", [(tmp_path / f"a{number}", 1.0)])
+    engine, run = make_engine(base, store)
+    speak(engine, run, [warmup(1, range(3, 30), "a4")])
+    assert store.resident == ("a4",)
+    for number, name in enumerate(("a0", "a1", "a5", "a0"), 2):
+        speak(engine, run, [greedy(number, range(3, 12), name, max_tokens=2)])
+        assert store.resident == tuple(sorted(("a4", name)))
+    store.close(5.0)
+
+
+def test_a_cancelled_warmup_leaves_nothing(tiny):
+    base, store = tiny
+    engine, run = make_engine(base, store, EngineConfig(kv_tokens=2048, max_step_tokens=16))
+    engine.submit([warmup(1, range(3, 60), "a1")])
+    engine.step()
+    engine.cancel([1])
+    engine.step()
+    engine.check_integrity()
+    assert run.ended(1).reason == EndReason.CANCELLED
+    assert engine.stats().kv_blocks_used == 0

@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from driving import greedy, make_engine, make_store, speak
+from driving import greedy, hold, make_engine, make_store, speak
 from peft import PeftModel
 from tiny import make_adapter
 from transformers import AutoModelForCausalLM
@@ -151,7 +151,7 @@ def teacher_forced(cast, base: LoadedBase, tokens):
         sequences[name] = Sequence(greedy(number, prompt, cast.adapter_of(name)))
         sequences[name].blocks = [next(free) for _ in range(-(-(len(prompt) + 9) // config.block_size))]
         if cast.adapter_of(name):
-            assert store.acquire(name)
+            hold(store, name)
     steps = [runner.forward([PlannedRow(s, 0, s.num_tokens) for s in sequences.values()])]
     for position in range(8):
         for name, sequence in sequences.items():

@@ -1,36 +1,43 @@
-"""Which adapters are in host memory, which in the pool of pages on the device, and who is using them.
+"""The adapter store: from disk to main memory to pages on the device, with a loader thread of its own.
 
-Adapters are read from disk when the daemon starts (`add`); the engine thread copies them into the pool when a
-line needs them (`acquire`), pushing out the one that was unused the longest.
+When it opens, the pool is filled with what fits, so that most games never load again. After that the engine thread
+asks (`admit`) and never waits: a load runs on the loader thread, which writes pages that no row reads and then
+calls `on_loaded`; the engine thread takes the outcome with `collect`. Which pages those are is decided in `pages`;
+what is read from disk, and how much of it stays in main memory, in `host_copies`.
 """
 
-import hashlib
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+import queue
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from npc_runtime.engine.core import Admission, Sequence
+from npc_runtime.engine.host_copies import HostCopies
 from npc_runtime.engine.model import ModelShape, PageLayout
-from npc_runtime.engine.peft_folder import AdapterPages, load_peft_folder
-from npc_runtime.errors import AdapterIncompatible
+from npc_runtime.engine.pages import PagePool
+from npc_runtime.engine.peft_folder import AdapterPages
+from npc_runtime.errors import AdapterIncompatible, OutOfMemory, WireError
 
-__all__ = ["AdapterStore"]
+__all__ = ["AdapterStore", "FailedLoad"]
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class _Resident:
-    pages: list[int]
-    num_users: int = 0
-    last_used: int = 0
+class FailedLoad(NamedTuple):
+    """An adapter that could not be loaded, and the ids of the requests that waited for it."""
+
+    name: str
+    wanted_by: frozenset[int]
+    error: WireError
 
 
 class AdapterStore:
-    """Adapters by name. `pool` is made by the first `acquire`, no larger than all adapters together need."""
+    """Adapters by name. The pool is no larger than all adapters together need."""
 
     def __init__(
         self,
@@ -40,106 +47,142 @@ class AdapterStore:
         dtype: torch.dtype,
         device: torch.device,
         max_pages: int,
+        max_pool_bytes: int | None = None,
+        max_host_bytes: int | None = None,
     ) -> None:
-        self._shape = shape
-        self._layout = layout
+        page_bytes = layout.num_elements * dtype.itemsize
+        self._max_pages = max_pages if max_pool_bytes is None else min(max_pages, max_pool_bytes // page_bytes)
+        self._page_size = layout.num_elements
         self._dtype = dtype
         self._device = device
-        self._max_pages = max_pages
-        self._host: dict[str, AdapterPages] = {}
-        self._resident: dict[str, _Resident] = {}
-        self._pool: Tensor | None = None
-        self._free: list[int] = []
-        self._uses = 0
+        self.host = HostCopies(shape, layout, dtype=dtype, max_bytes=max_host_bytes)
+        self._opened: tuple[PagePool, Tensor] | None = None
+        self._wanted: queue.SimpleQueue[tuple[str, list[int]] | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[tuple[str, WireError | None]] = queue.SimpleQueue()
+        self._loader: threading.Thread | None = None
+        self._closing = False
+        self.on_loaded: Callable[[], None] = lambda: None  # called on the loader thread: `collect` has news
         self.version = 0  # changes whenever a page of the pool does
 
     @property
     def pool(self) -> Tensor:
-        """All pages, `(num_pages, page_elements)`."""
-        assert self._pool is not None, "no adapter was acquired yet"
-        return self._pool
+        """All pages, `(num_pages, page_elements)`. Pages that `pages_of` does not name may be written at any time."""
+        return self._made[1]
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """Names of the adapters that are in the pool."""
-        return tuple(sorted(self._resident))
+        """Names of the adapters that are in the pool; may be read from any thread."""
+        return self._opened[0].resident if self._opened is not None else ()
 
     def add(self, name: str, parts: Iterable[tuple[Path, float]]) -> AdapterPages:
         """Read an adapter, or several that are applied together, as (folder, scale) pairs.
 
-        Call before the engine starts. Raises `AdapterMissing` or `AdapterIncompatible`; then nothing is added.
+        Call before `open`. Raises `AdapterMissing` or `AdapterIncompatible`; then nothing is added.
         """
-        assert self._pool is None, "adapters are added before the first line"
-        loaded = [
-            load_peft_folder(folder, self._shape, self._layout, dtype=self._dtype, scale=scale)
-            for folder, scale in parts
-        ]
-        whole = AdapterPages(
-            pages=torch.cat([part.pages for part in loaded]),
-            rank=sum(part.rank for part in loaded),
-            digest=hashlib.sha256("".join(part.digest for part in loaded).encode()).hexdigest(),
-            made_for=loaded[0].made_for,
-        )
-        if whole.pages.shape[0] > self._max_pages:
-            raise AdapterIncompatible(
-                f"The adapter of {name} needs {whole.pages.shape[0]} pages, the pool has {self._max_pages}.",
-                "Use fewer or smaller adapters.",
-            )
-        self._host[name] = whole
-        return whole
+        assert self._opened is None, "adapters are added before the pool is made"
+        return self.host.add(name, parts, max_pages=self._max_pages)
 
-    def acquire(self, name: str) -> bool:
-        """Make the adapter resident and count one more user; False if no pages can be freed for it now."""
-        self._uses += 1
-        resident = self._resident.get(name) or self._load(name)
-        if resident is None:
-            return False
-        resident.num_users += 1
-        resident.last_used = self._uses
-        return True
-
-    def release(self, name: str) -> None:
-        """Count one user less; the pages stay until somebody needs the room."""
-        resident = self._resident[name]
-        assert resident.num_users > 0
-        resident.num_users -= 1
+    def open(self) -> None:
+        """Make the pool, and fill it with adapters that are in memory, the first added first; again does nothing."""
+        if self._opened is not None:
+            return
+        sizes = self.host.sizes
+        num_pages = min(self._max_pages, sum(sizes.values()))
+        tensor = torch.zeros((num_pages, self._page_size), dtype=self._dtype, device=self._device)
+        pages = PagePool(num_pages, sizes, self._start_load)
+        self._opened = pages, tensor
+        for name in self.host.names:
+            numbers = pages.place(name)
+            if numbers:
+                self._write(name, numbers)
+                pages.loaded(name)
+        self.version += 1
 
     def digest_of(self, name: str) -> str:
         """What identifies the adapter's content, for caches."""
-        return self._host[name].digest
+        return self.host.digest_of(name)
 
     def pages_of(self, name: str) -> list[int]:
-        """Page numbers of an acquired adapter, in rank order."""
-        return self._resident[name].pages
+        """Page numbers of an adapter that a running line uses, in rank order."""
+        return self._made[0].pages_of(name)
 
-    def check_integrity(self) -> None:
-        """Assert that every page is free or has one owner."""
-        held = self._free + [page for resident in self._resident.values() for page in resident.pages]
-        assert sorted(held) == list(range(len(held))), "an adapter page is lost or owned twice"
+    def admit(self, sequence: Sequence) -> Admission:
+        """Give the sequence its adapter, or have it loaded; see `PagePool.admit`."""
+        return self._made[0].admit(sequence)
 
-    def _load(self, name: str) -> _Resident | None:
-        source = self._host[name].pages
-        self._make_pool()
-        while len(self._free) < len(source):
-            idle = [(r.last_used, other) for other, r in self._resident.items() if r.num_users == 0]
-            if not idle:
-                return None
-            self._evict(min(idle)[1])
-        pages = self._free[: len(source)]
-        self.pool[pages] = source.to(self._device)
-        del self._free[: len(source)]
-        self.version += 1
-        self._resident[name] = _Resident(pages)
-        logger.info("adapter %s loaded into pages %s", name, pages)
-        return self._resident[name]
+    def leave(self, sequence: Sequence) -> None:
+        """Take back what `admit` gave or promised, if anything."""
+        self._made[0].leave(sequence)
 
-    def _evict(self, name: str) -> None:
-        self._free.extend(self._resident.pop(name).pages)
-        logger.info("adapter %s evicted", name)
+    def pin(self, name: str) -> None:
+        """Let a resident adapter be pushed out after those that are not pinned."""
+        self._made[0].pin(name)
 
-    def _make_pool(self) -> None:
-        if self._pool is None:
-            num_pages = min(self._max_pages, sum(len(adapter.pages) for adapter in self._host.values()))
-            size = (num_pages, self._layout.num_elements)
-            self._pool = torch.zeros(size, dtype=self._dtype, device=self._device)
-            self._free = list(range(num_pages))
+    def collect(self) -> list[FailedLoad]:
+        """Take the outcomes of the loads that are done; return those that failed."""
+        failed = []
+        while not self._outcomes.empty():
+            name, error = self._outcomes.get()
+            if error is None:
+                self._made[0].loaded(name)
+                self.version += 1
+            else:
+                failed.append(FailedLoad(name, self._made[0].failed(name), error))
+        return failed
+
+    def close(self, timeout_s: float) -> None:
+        """Stop the loader; it finishes the load it is in, if that is soon."""
+        self._closing = True
+        self._wanted.put(None)
+        if self._loader is not None:
+            self._loader.join(timeout_s)
+
+    def check_integrity(self, running: Iterable[Sequence], waiting: Iterable[Sequence]) -> None:
+        """Assert that no page and no user is lost; see `PagePool.check_integrity`."""
+        self._made[0].check_integrity(running, waiting)
+
+    @property
+    def _made(self) -> tuple[PagePool, Tensor]:
+        assert self._opened is not None, "the store is not open yet"
+        return self._opened
+
+    @torch.inference_mode()
+    def _write(self, name: str, pages: list[int]) -> None:
+        for page, source in zip(pages, self.host.get(name).pages, strict=True):
+            self.pool[page].copy_(source)
+
+    def _start_load(self, name: str, pages: list[int]) -> None:
+        if self._loader is None:
+            self._loader = threading.Thread(target=self._run_loader, name="adapter loader", daemon=True)
+            self._loader.start()
+        self._wanted.put((name, pages))
+
+    def _run_loader(self) -> None:
+        stream: torch.cuda.Stream | None = None
+        if self._device.type == "cuda":
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        while (wanted := self._wanted.get()) is not None and not self._closing:
+            name, pages = wanted
+            try:
+                # On its own stream, so that a copy to the GPU runs beside the step that decodes.
+                with torch.cuda.stream(stream):
+                    self._write(name, pages)
+                if stream is not None:
+                    stream.synchronize()
+            except Exception as error:  # files come from anywhere; whatever is wrong is this adapter's problem alone
+                logger.warning("adapter %s could not be loaded: %s", name, error)
+                self._outcomes.put((name, _as_wire(name, error)))
+            else:
+                logger.info("adapter %s loaded into pages %s", name, pages)
+                self._outcomes.put((name, None))
+            self.on_loaded()
+
+
+def _as_wire(name: str, error: Exception) -> WireError:
+    if isinstance(error, WireError):
+        return error
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return OutOfMemory(f"There is no memory to load the adapter of {name}.", "Lower --adapter-memory.")
+    return AdapterIncompatible(
+        f"The adapter of {name} cannot be read ({type(error).__name__}: {error}).", "Export it again."
+    )

@@ -2,12 +2,13 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum
 from typing import Literal
 
 from npc_runtime.errors import WireError
 
 __all__ = [
+    "Admission",
     "EndReason",
     "Ended",
     "EngineConfig",
@@ -33,6 +34,14 @@ class EndReason(StrEnum):
     ERROR = "error"
 
 
+class Admission(Enum):
+    """Whether a line's adapter is on the device."""
+
+    ADMITTED = "admitted"  # it is, and stays until the line leaves
+    LOADING = "loading"  # it will be, and then stays until the line was admitted or has left
+    NO_ROOM = "no room"  # all pages are kept for others; ask again
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Sizes of the engine. `kv_tokens` bounds prompt + reply of all running lines together."""
@@ -43,6 +52,8 @@ class EngineConfig:
     max_step_tokens: int = 512
     max_waiting: int = 1_024
     max_adapter_pages: int = 64
+    adapter_pool_bytes: int = 2 << 30  # pages on the device
+    adapter_host_bytes: int = 2 << 30  # copies in main memory
     ageing_s: float = 2.0  # waiting so long raises a line by one priority
 
     @property
@@ -70,7 +81,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One line to generate. `id` is unique in the engine; `group` is what the client sent together."""
+    """One line to generate. `id` is unique in the engine; `group` is what the client sent together.
+
+    A warmup computes its prompt into the prefix cache, has its adapter pinned, and ends without a token.
+    """
 
     id: int
     prompt_ids: tuple[int, ...]
@@ -81,16 +95,17 @@ class Request:
     group: Hashable = None
     priority: int = 5
     deadline: float | None = None  # seconds, the engine's clock
+    is_warmup: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """A request while the engine works on it."""
 
     request: Request
     blocks: list[int] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)
-    is_admitted: bool = False  # holds its adapter
+    is_promised: bool = False  # its adapter is being loaded, or is loaded and kept, for it
     block_keys: list[bytes] = field(default_factory=list)  # of the full blocks, as far as they were asked for
     num_cached: int = 0  # prompt tokens that came from the prefix cache
     num_computed: int = 0  # tokens whose keys and values are in the cache
@@ -140,7 +155,10 @@ class Spoken:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The line is over; nothing about it follows. `text` is the authority over what was spoken."""
+    """The line is over; nothing about it follows. `text` is the authority over what was spoken.
+
+    `num_cached` is how much of the prompt came from the prefix cache; of a warmup, how much of it is there now.
+    """
 
     request_id: int
     reason: EndReason

@@ -1,7 +1,8 @@
 """The engine thread: takes commands, plans a step, runs it, samples, and reports what was said.
 
 `submit` and `cancel` may be called from any thread; the outcome of every step is handed to `on_step` on the
-engine thread. Whatever happens, every submitted line gets exactly one `Ended`.
+engine thread. Whatever happens, every submitted line gets exactly one `Ended`. The thread never waits for an adapter:
+the store's loader wakes it by a command of its own.
 """
 
 import logging
@@ -39,6 +40,9 @@ __all__ = ["Engine"]
 
 logger = logging.getLogger(__name__)
 
+MAX_IDLE_S = 0.5
+"""Longest sleep while lines wait. What they wait for wakes the thread; a wake-up that was lost would cost this much."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Submit:
@@ -48,6 +52,11 @@ class _Submit:
 @dataclass(frozen=True, slots=True)
 class _Cancel:
     ids: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """The adapter store has news."""
 
 
 class Engine:
@@ -64,17 +73,24 @@ class Engine:
         on_death: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_death` is called, on the engine thread, if the thread ends by a defect instead of by `close`."""
+        """`on_death` is called, on the engine thread, if the thread ends by a defect instead of by `close`.
+
+        The store serves one engine at a time: its loader wakes the one that was made last.
+        """
         self._tokenizer = tokenizer
         self._adapters = adapters
         self._scheduler = Scheduler(config)
+        adapters.open()
         self._runner = Runner(decoder, adapters, config)
         self._texts: dict[int, LineText] = {}
         self._on_step = on_step
         self._on_death = on_death
         self.has_died = False  # the thread ended by a defect; nothing is generated any more
         self._clock = clock
-        self._commands: queue.SimpleQueue[_Submit | _Cancel | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Submit | _Cancel | _Loaded | None] = queue.SimpleQueue()
+        adapters.on_loaded = lambda: self._commands.put(_Loaded())
+        self._block_size = config.block_size
+        self._is_idle = True  # the last step had no rows
         self._recent: deque[tuple[float, float, int]] = deque(maxlen=64)  # start, end, tokens of a step
         self._num_generated = 0
         self._closing = False
@@ -93,10 +109,12 @@ class Engine:
         self._commands.put(_Cancel(frozenset(ids)))
 
     def close(self, timeout_s: float) -> None:
-        """End every line as cancelled and stop the thread; it finishes the step it is in, if that is soon."""
+        """End every line as cancelled and stop the thread and the loader; what they are in is finished, if soon."""
+        until = time.monotonic() + timeout_s
         self._commands.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        self._adapters.close(max(until - time.monotonic(), 0.0))
 
     def stats(self) -> EngineStats:
         """A snapshot, from any thread and without stopping the engine: only sizes and atomic copies are read."""
@@ -116,19 +134,22 @@ class Engine:
         )
 
     def step(self, *, wait: bool = False) -> None:
-        """Take commands (with `wait`, sleep until there is one), run one step and report it.
+        """Take commands (with `wait`, sleep while there is nothing to do), run one step and report it.
 
         Only the engine thread, or a test without one, calls this.
         """
         events: list[Event] = []
         groups: frozenset[Hashable] = frozenset()
         try:
-            self._take_commands(wait, events)
+            self._take_commands(wait and self._is_idle, events)
+            self._end_unloadable(events)
             events += [self._ended(s, EndReason.DEADLINE) for s in self._scheduler.remove_expired(self._clock())]
-            rows = self._scheduler.plan(self._clock(), self._admit, self._leave)
+            rows = self._scheduler.plan(self._clock(), self._adapters.admit, self._adapters.leave)
+            self._is_idle = not rows
             if rows:
                 self._run_rows(rows, events)
-                groups = frozenset(row.sequence.request.group for row in rows)
+                requests = [row.sequence.request for row in rows]
+                groups = frozenset(request.group for request in requests if not request.is_warmup)
         except Exception as error:  # a defect or a full device must not take the daemon along
             logger.exception("a step failed")
             events += self._fail(error)
@@ -138,12 +159,14 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert that nothing leaked; tests call it between steps."""
         self._scheduler.check_integrity()
-        self._adapters.check_integrity()
+        self._adapters.check_integrity(self._scheduler.running, self._scheduler.waiting)
+        live = [sequence.request.id for sequence in [*self._scheduler.running, *self._scheduler.waiting]]
+        assert sorted(self._texts) == sorted(live), "a line's text is lost or left over"
 
     def _run(self) -> None:
         try:
             while not self._closing:
-                self.step(wait=not self._scheduler.has_work)
+                self.step(wait=True)
             ended = [self._ended(sequence, EndReason.CANCELLED) for sequence in self._scheduler.remove_all()]
             self._on_step(StepOutput(tuple(ended)))
         except BaseException:
@@ -153,16 +176,32 @@ class Engine:
 
     def _take_commands(self, wait: bool, events: list[Event]) -> None:
         while wait or not self._commands.empty():
-            command = self._commands.get()
+            try:
+                command = self._commands.get(timeout=self._max_sleep() if wait else None)
+            except queue.Empty:
+                return
             wait = False
             if command is None:
                 self._closing = True
             elif isinstance(command, _Cancel):
                 removed = self._scheduler.remove(command.ids)
                 events += [self._ended(sequence, EndReason.CANCELLED) for sequence in removed]
-            else:
+            elif isinstance(command, _Submit):
                 for request in command.requests:
                     events += self._add(request)
+
+    def _max_sleep(self) -> float | None:
+        """How long the thread may wait for a command: for ever without lines, else until the next deadline."""
+        if not self._scheduler.has_work:
+            return None
+        deadline = self._scheduler.next_deadline
+        return MAX_IDLE_S if deadline is None else min(max(deadline - self._clock(), 0.0), MAX_IDLE_S)
+
+    def _end_unloadable(self, events: list[Event]) -> None:
+        """End the lines whose adapter could not be loaded; a later one has it tried again."""
+        for load in self._adapters.collect():
+            removed = self._scheduler.remove(load.wanted_by)
+            events += [self._ended(sequence, EndReason.ERROR, load.error) for sequence in removed]
 
     def _add(self, request: Request) -> list[Event]:
         if request.adapter is not None:
@@ -174,16 +213,6 @@ class Engine:
             return [Ended(request.id, reason, num_prompt=len(request.prompt_ids), error=error)]
         self._texts[request.id] = LineText(self._tokenizer, request.sampling)
         return []
-
-    def _admit(self, sequence: Sequence) -> bool:
-        name = sequence.request.adapter
-        sequence.is_admitted = name is None or self._adapters.acquire(name)
-        return sequence.is_admitted
-
-    def _leave(self, sequence: Sequence) -> None:
-        if sequence.is_admitted and sequence.request.adapter is not None:
-            self._adapters.release(sequence.request.adapter)
-        sequence.is_admitted = False
 
     def _run_rows(self, rows: list[PlannedRow], events: list[Event]) -> None:
         started_at = self._clock()
@@ -197,8 +226,10 @@ class Engine:
         for row in rows:
             row.sequence.num_steps += 1
             row.sequence.sum_rows += len(rows)
-        self._recent.append((started_at, now, len(tokens)))
+        if not all(row.sequence.request.is_warmup for row in rows):
+            self._recent.append((started_at, now, len(tokens)))
         self._num_generated += len(tokens)
+        events += [self._end_warmup(row.sequence) for row in rows if row.ends_warmup]
         for sequence, token in zip(sampling, tokens, strict=True):
             try:
                 if token < 0:
@@ -226,6 +257,14 @@ class Engine:
             events.append(self._ended(sequence, text.end))
         return events
 
+    def _end_warmup(self, sequence: Sequence) -> Event:
+        """The prompt is computed and its full blocks are known; the adapter is there, and is to stay if it can."""
+        if sequence.request.adapter is not None:
+            self._adapters.pin(sequence.request.adapter)
+        sequence.num_cached = sequence.num_computed // self._block_size * self._block_size
+        self._scheduler.remove([sequence.request.id])
+        return self._ended(sequence, EndReason.STOP)
+
     def _ended(self, sequence: Sequence, reason: EndReason, error: WireError | None = None) -> Event:
         """Close the books of a line that the scheduler has let go."""
         request, now = sequence.request, self._clock()
@@ -233,7 +272,7 @@ class Engine:
         if text.end is None:
             text.finish(reason)
         started, first = sequence.started_at, sequence.first_text_at
-        self._leave(sequence)
+        self._adapters.leave(sequence)
         seconds = now - started if started is not None else 0.0
         return Ended(
             request_id=request.id,

@@ -76,10 +76,11 @@ def load_peft_folder(
     scaling = _Scaling(config_path, config, scale)
     made_for = str(config.get("base_model_name_or_path"))
     try:
-        pairs = _read_pairs(weights_path, shape, layout, made_for)
+        names = _check_header(weights_path, shape, layout, made_for)
         raw = weights_path.read_bytes()
     except OSError as error:
         raise AdapterMissing(f"{weights_path} cannot be read ({error}).", "Check the file.") from error
+    pairs = _read_pairs(weights_path, raw, names)
     rank = max((a.shape[0] for a, _ in pairs.values()), default=0)
     if rank == 0:
         raise AdapterIncompatible(f"{weights_path} holds no LoRA tensors.", "Train or export it again.")
@@ -158,13 +159,15 @@ class _Scaling:
         return self._scale * alpha / (math.sqrt(rank) if self._rs else rank)
 
 
+Names = dict[str, tuple[re.Match[str], tuple[int, ...]]]  # tensor: its parts, its shape
 Pairs = dict[tuple[int, str], tuple[Tensor, Tensor]]  # (layer, module): (A (r, in), B (out, r))
 
 
-def _read_pairs(path: Path, shape: ModelShape, layout: PageLayout, made_for: str) -> Pairs:
+def _check_header(path: Path, shape: ModelShape, layout: PageLayout, made_for: str) -> Names:
+    """Check names, shapes and types without reading a tensor."""
     from safetensors import SafetensorError, safe_open
 
-    sides: dict[tuple[int, str], dict[str, Tensor]] = {}
+    names = {}
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
@@ -175,22 +178,40 @@ def _read_pairs(path: Path, shape: ModelShape, layout: PageLayout, made_for: str
                         "Supported is LoRA on q, k, v, o, gate, up and down projections.",
                     )
                 part = file.get_slice(name)
-                _check_shape(path, name, match, tuple(part.get_shape()), shape, layout, made_for)
+                found = tuple(part.get_shape())
+                _check_shape(path, name, match, found, shape, layout, made_for)
                 if part.get_dtype() not in FLOAT_TYPES:
                     raise AdapterIncompatible(
                         f"{path}: the tensor {name} is of type {part.get_dtype()}.", "Save it in bfloat16 or float32."
                     )
-                tensor = file.get_tensor(name)
-                if not torch.isfinite(tensor).all():
-                    raise AdapterIncompatible(
-                        f"{path}: the tensor {name} has NaN or infinite values.", "Train it again."
-                    )
-                sides.setdefault((int(match["layer"]), match["module"]), {})[match["side"]] = tensor
+                names[name] = match, found
     except SafetensorError as error:
-        raise AdapterIncompatible(
-            f"{path} is damaged or not a safetensors file ({error}).", "Copy or export it again."
-        ) from error
+        raise _damaged(path, error) from error
+    return names
+
+
+def _read_pairs(path: Path, raw: bytes, names: Names) -> Pairs:
+    """Take the tensors from the file's bytes: those of the digest, and `safe_open` leaks with every tensor it reads."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors: dict[str, Tensor] = load(raw)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != {name: names[name][1] for name in names}:
+        raise _damaged(path, "it changed while it was read")
+    sides: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterIncompatible(f"{path}: the tensor {name} has NaN or infinite values.", "Train it again.")
+        match, _ = names[name]
+        sides.setdefault((int(match["layer"]), match["module"]), {})[match["side"]] = tensor
     return {key: _as_pair(path, key, pair) for key, pair in sides.items()}
+
+
+def _damaged(path: Path, reason: object) -> AdapterIncompatible:
+    return AdapterIncompatible(f"{path} is damaged or not a safetensors file ({reason}).", "Copy or export it again.")
 
 
 def _as_pair(path: Path, key: tuple[int, str], pair: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -4,23 +4,27 @@ Every step serves all running rows at once: a row that is speaking gets one toke
 prompt gets a chunk of it from what is left of the step's budget. So a long prompt never stalls a line that is
 being spoken; it only takes more steps.
 
-A new line is admitted when a row, KV blocks for its prompt and its adapter's pages are free; the line at the head
-of the queue is never overtaken by one behind it that would fit. Waiting raises a line's rank by one priority every
-`ageing_s`, so nothing starves. A running line takes blocks as it grows; when none are left, the lowest-ranked line
-is preempted: its blocks go back, and it waits to be computed again, its reply so far as part of its prompt.
+A new line is admitted when a row and KV blocks for its prompt are free and its adapter is on the device. A line
+whose adapter is being loaded is passed by those behind it. A line that there is no room for, neither blocks nor
+pages, is not: whatever is given back is kept for it. Only lines whose adapter was loaded for them, and so keeps the
+pages it is in, may still go before one that waits for pages; no further load is begun until that one has its own.
+Waiting raises a line's rank by one priority every `ageing_s`, so nothing starves.
+
+A running line takes blocks as it grows; when none are left, the lowest-ranked line is preempted: its blocks go back,
+and it waits to be computed again, its reply so far as part of its prompt.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from npc_runtime.engine.blocks import BlockPool
-from npc_runtime.engine.core import EngineConfig, Request, Sequence
+from npc_runtime.engine.core import Admission, EngineConfig, Request, Sequence
 from npc_runtime.errors import ContextOverflow, OverloadError
 
 __all__ = ["Admit", "PlannedRow", "Scheduler"]
 
-Admit = Callable[[Sequence], bool]
-"""Takes whatever else a sequence needs to run (its adapter's pages); False: not now."""
+Admit = Callable[[Sequence], Admission]
+"""Takes whatever else a sequence needs to run: its adapter. `LOADING` promises it, until the sequence leaves."""
 
 Leave = Callable[[Sequence], None]
 """Gives back what `Admit` took."""
@@ -42,7 +46,12 @@ class PlannedRow:
     @property
     def samples(self) -> bool:
         """Whether this chunk reaches the last known token, so that the next one can be sampled."""
-        return self.stop == self.sequence.num_tokens
+        return self.stop == self.sequence.num_tokens and not self.sequence.request.is_warmup
+
+    @property
+    def ends_warmup(self) -> bool:
+        """Whether this chunk is the last of a prompt that is computed for the prefix cache only."""
+        return self.stop == self.sequence.num_tokens and self.sequence.request.is_warmup
 
 
 class Scheduler:
@@ -59,6 +68,12 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self.running or self.waiting)
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When `remove_expired` will next find a line; None if no line has a deadline."""
+        deadlines = [sequence.request.deadline for sequence in [*self.running, *self.waiting]]
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises `OverloadError` or `ContextOverflow`; then nothing is queued."""
@@ -118,6 +133,7 @@ class Scheduler:
         self.blocks.check_integrity(self.running)
         assert len(self.running) <= self._config.max_rows
         assert not any(sequence.blocks for sequence in self.waiting)
+        assert not any(sequence.is_promised for sequence in self.running)
         for sequence in self.running:
             assert sequence.num_computed < sequence.num_tokens
             assert self.blocks.num_needed(sequence.num_computed) <= len(sequence.blocks)
@@ -129,20 +145,36 @@ class Scheduler:
 
     def _admit_waiting(self, now: float, admit: Admit) -> None:
         self.waiting.sort(key=lambda sequence: self._rank(sequence, now))
-        while self.waiting and len(self.running) < self._config.max_rows:
-            sequence = self.waiting[0]
-            cached = self.blocks.take_prefix(sequence)
-            # One block is left for each running row to grow into, or the newcomer would soon push one out.
-            spare = self.blocks.num_free - len(self.running)
-            if self.blocks.num_missing(sequence, sequence.num_tokens) > spare or not admit(sequence):
-                self.blocks.release(sequence)
+        waits_for_pages = False
+        for sequence in list(self.waiting):
+            if len(self.running) == self._config.max_rows:
                 return
-            self.blocks.extend(sequence, sequence.num_tokens)
-            sequence.num_computed = cached
-            if not sequence.output_ids:
-                sequence.num_cached = cached
-            self.running.append(sequence)
-            self.waiting.pop(0)
+            if waits_for_pages and not sequence.is_promised:
+                continue
+            if not self._has_blocks(sequence):
+                return
+            outcome = admit(sequence)
+            sequence.is_promised = outcome is Admission.LOADING
+            waits_for_pages |= outcome is Admission.NO_ROOM
+            if outcome is Admission.ADMITTED:
+                self._start(sequence)
+
+    def _has_blocks(self, sequence: Sequence) -> bool:
+        """Whether the whole prompt finds blocks; none are held when this returns."""
+        self.blocks.take_prefix(sequence)
+        # One block is left for each running row to grow into, or the newcomer would soon push one out.
+        spare = self.blocks.num_free - len(self.running)
+        has_blocks = self.blocks.num_missing(sequence, sequence.num_tokens) <= spare
+        self.blocks.release(sequence)
+        return has_blocks
+
+    def _start(self, sequence: Sequence) -> None:
+        sequence.num_computed = self.blocks.take_prefix(sequence)
+        self.blocks.extend(sequence, sequence.num_tokens)
+        if not sequence.output_ids:
+            sequence.num_cached = sequence.num_computed
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
 
     def _make_room(
         self, sequence: Sequence, num_tokens: int, now: float, leave: Leave, planned: list[PlannedRow]
