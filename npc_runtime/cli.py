@@ -50,7 +50,9 @@ Personas = Annotated[
     typer.Option(help="Folder of persona folders; default ./personas if it exists, else the shipped ones."),
 ]
 DTypeOption = Annotated[DType, typer.Option(help="auto: bfloat16 where the hardware multiplies it.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all physical cores.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads; default: physical cores, of more than four all but one.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
@@ -71,6 +73,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = DEFAULT_PORT,
     dtype: DTypeOption = DType.AUTO,
     threads: Threads = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="CPU: a seed replays a line to the last bit in any company; slower.")
+    ] = False,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Accept clients without a token (loopback only).")] = False,
     project: Annotated[str | None, typer.Option(help="Name of the runtime file; default from --personas.")] = None,
     adapter_memory: Annotated[
@@ -106,6 +111,7 @@ def serve(
         port=port,
         dtype=dtype.value,
         threads=threads,
+        deterministic=deterministic,
         needs_token=not no_auth,
         project=project,
         adapter_mib=adapter_memory,

@@ -19,7 +19,7 @@ from npc_runtime.discovery import Endpoint, project_of, remove_endpoint, write_e
 from npc_runtime.engine.adapters import AdapterStore
 from npc_runtime.engine.codes import read_codes
 from npc_runtime.engine.core import EngineConfig
-from npc_runtime.engine.device import Device, DTypeName, choose_device, explain_unused_gpu
+from npc_runtime.engine.device import Device, DTypeName, choose_device, choose_threads, explain_unused_gpu
 from npc_runtime.engine.embedded import OnProgress
 from npc_runtime.engine.engine import Engine
 from npc_runtime.engine.model import Decoder, Kernels, ModelShape, PageLayout, choose_kernels
@@ -62,6 +62,7 @@ class Settings:
     port: int
     dtype: DTypeName
     threads: int | None
+    deterministic: bool
     needs_token: bool
     project: str | None
     adapter_mib: int | None = None  # None: `EngineConfig`'s
@@ -89,14 +90,13 @@ def run_daemon(settings: Settings, progress: Callable[[], AbstractContextManager
 
     Raises `StartupError` before the socket opens, or if the engine thread dies.
     """
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads or choose_threads())
     library = load_library(settings.personas)
     if settings.host not in LOOPBACK and not settings.needs_token:
         raise StartupError(f"--no-auth is refused on {settings.host}.", "Only loopback may go without a token.")
     with _bind(settings.host, settings.port) as sock:
         with progress() as on_progress:
-            base = load_base(settings.base, settings.dtype, on_progress)
+            base = load_base(settings.base, settings.dtype, on_progress, deterministic=settings.deterministic)
         config = make_config(settings, base.decoder.shape, base.device)
         adapters = make_store(base.decoder.shape, base.device, config)
         load_adapters(adapters, library, base.info.name)
@@ -113,15 +113,24 @@ def load_library(folder: Path) -> Library:
     return library
 
 
-def load_base(name: str, dtype: DTypeName, on_progress: OnProgress, *, kernels: Kernels | None = None) -> LoadedBase:
+def load_base(
+    name: str,
+    dtype: DTypeName,
+    on_progress: OnProgress,
+    *,
+    deterministic: bool = False,
+    kernels: Kernels | None = None,
+) -> LoadedBase:
     """Find the base (fetching the embedded one the first time) and bring it into memory.
 
-    `kernels` None takes the fastest for the device.
+    `kernels` None takes the fastest for the device, or with `deterministic` those whose rows are independent.
     """
     problem = explain_unused_gpu()
     if problem:
         logger.warning("%s", problem)
     device = choose_device(dtype)
+    kernels = kernels or choose_kernels(device.torch_device, deterministic=deterministic)
+    kernels.prepare(device.dtype, lambda fraction: on_progress("preparing kernels", fraction))
     folder = resolve_base(name, on_progress)
     config = read_config(folder)
     info = describe_base(name, folder)
@@ -132,7 +141,7 @@ def load_base(name: str, dtype: DTypeName, on_progress: OnProgress, *, kernels: 
         device=device.torch_device,
         on_progress=lambda fraction: on_progress(f"loading {info.name}", fraction),
     )
-    decoder = Decoder(config, tensors, kernels or choose_kernels(device.torch_device), read_codes(folder))
+    decoder = Decoder(config, tensors, kernels, read_codes(folder))
     return LoadedBase(info, device, decoder, tokenizer)
 
 

@@ -21,6 +21,7 @@ from npc_kernels.reference import (
     attend_row,
     pick,
     plan_rows,
+    prepare,
     rms_norm,
     silu_mul,
     write_kv,
@@ -39,6 +40,7 @@ __all__ = [
     "finish_residual",
     "paged_attention",
     "plan",
+    "prepare",
 ]
 
 NUM_CANDIDATES = 256

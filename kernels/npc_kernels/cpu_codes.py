@@ -10,7 +10,7 @@ from torch import Tensor
 from npc_kernels.batch import Codes
 from npc_kernels.cpu_jit import F32, FAST, Work, array, narrow, next_item, run, wide, work_of
 
-__all__ = ["LANES", "PackedCodes"]
+__all__ = ["LANES", "PackedCodes", "multiply_codes"]
 
 LANES = 64
 """Outputs whose codes lie side by side."""
@@ -50,12 +50,12 @@ class PackedCodes:
         work = self._work
         work.x, work.num_tokens = x.data_ptr(), len(x)
         work.result, work.wide_out = result.data_ptr(), scratch.data_ptr()
-        run(_multiply, work, self._num_blocks, x.dtype)
+        run(multiply_codes, work, self._num_blocks, x.dtype)
         return result
 
 
 @njit(fastmath=FAST)
-def _multiply_codes(x: Any, k: Any, codes: Any, scale: Any, out: Any) -> Any:
+def _add_product(x: Any, k: Any, codes: Any, scale: Any, out: Any) -> Any:
     """Add four bytes of codes, eight weights, of every output in the block; returns the sum of their inputs."""
     x0, x1, x2, x3 = wide(x[k]), wide(x[k + 1]), wide(x[k + 2]), wide(x[k + 3])
     y0, y1, y2, y3 = wide(x[k + 16]), wide(x[k + 17]), wide(x[k + 18]), wide(x[k + 19])
@@ -76,7 +76,7 @@ def _add_scaled(values: Any, factor: Any, out: Any) -> None:
         out[n] += values[n] * factor
 
 
-def _multiply(work: Any) -> None:
+def multiply_codes(work: Any) -> None:
     """`result = x @ weight.T`, `weight = scale * code + minimum` in groups of 32 inputs; items are blocks of outputs.
 
     The low and high half of byte `i` of a group are the codes of inputs `i` and `i + 16` (GGUF's Q4_1).
@@ -98,7 +98,7 @@ def _multiply(work: Any) -> None:
                 total = F32(0)
                 for part in range(4):
                     k = 32 * group + 4 * part
-                    total += _multiply_codes(x[t], k, codes[item, group, part], scales[item, group], out)
+                    total += _add_product(x[t], k, codes[item, group, part], scales[item, group], out)
                 _add_scaled(minima[item, group], total, out)
             for n in range(LANES):
                 row[n] = narrow(out[n], w.element)

@@ -11,7 +11,7 @@ from torch import Tensor
 from npc_kernels.cpu_jit import F32, FAST, Work, array, as_float, exp, next_item, run, work_of
 from npc_kernels.reference import MIN_TEMPERATURE, Settings
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_rows"]
 
 
 def draw(
@@ -22,7 +22,7 @@ def draw(
     logits, table = logits.contiguous(), torch.stack(list(settings), dim=1)
     tokens = torch.empty(len(logits), dtype=torch.long)
     work = Work(hidden=logits.data_ptr(), x=table.data_ptr(), result=tokens.data_ptr(), width=logits.shape[1])
-    run(_draw, work, len(logits), torch.float32)
+    run(draw_rows, work, len(logits), torch.float32)
     return tokens
 
 
@@ -105,7 +105,7 @@ def _draw_row(logits: Any, settings: Any) -> Any:
     return _pick(logits, draw)
 
 
-def _draw(work: Any) -> None:
+def draw_rows(work: Any) -> None:
     """`result[row]` = the token drawn from `hidden[row]`, which is overwritten; settings of five float64 in `x`."""
     w = work_of(work)
     logits = array(w.hidden, (w.num_items, w.width), F32(0))

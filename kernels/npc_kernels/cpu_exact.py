@@ -20,6 +20,7 @@ from npc_kernels.cpu_fused import (
     finish_qkv,
     finish_residual,
     paged_attention,
+    prepare,
 )
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "finish_residual",
     "paged_attention",
     "plan",
+    "prepare",
 ]
 
 ROWS = 16

@@ -4,6 +4,7 @@ The same functions as `reference.py`. Adapter pages are read where they lie in t
 is regrouped when lines come and go. Needs numba; without it `cpu.py` does the same with torch's own operators.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import Tensor
 from npc_kernels import cpu, cpu_rows
 from npc_kernels.batch import PAGE_RANK, BatchMetadata, Codes, LoraSpan
 from npc_kernels.cpu_attend import CHUNK, attend
-from npc_kernels.cpu_codes import PackedCodes
-from npc_kernels.cpu_draw import draw
-from npc_kernels.cpu_jit import Work, run
+from npc_kernels.cpu_codes import PackedCodes, multiply_codes
+from npc_kernels.cpu_draw import draw, draw_rows
+from npc_kernels.cpu_jit import Work, compiled, run
 from npc_kernels.cpu_rows import TILE
 from npc_kernels.reference import HeadNorms, PlannedRow, attend_row, plan_rows
 
@@ -29,6 +30,7 @@ __all__ = [
     "finish_residual",
     "paged_attention",
     "plan",
+    "prepare",
 ]
 
 
@@ -57,6 +59,16 @@ class Linear:
         if self._codes is not None and len(x) <= self._max_rows:
             return self._codes.multiply(x)
         return self._dense(x)
+
+
+def prepare(dtype: torch.dtype, on_progress: Callable[[float], None]) -> None:
+    """Compile everything, which takes seconds the first time; later it is read from numba's cache."""
+    kernels = [cpu_rows.norm, cpu_rows.residual, cpu_rows.gate_up, cpu_rows.qkv, attend, multiply_codes]
+    wanted = [*((kernel, dtype) for kernel in kernels), (draw_rows, torch.float32)]
+    for done, (kernel, of) in enumerate(wanted):
+        on_progress(done / len(wanted))
+        compiled(kernel, of)
+    on_progress(1.0)
 
 
 class Plan:

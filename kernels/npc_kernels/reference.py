@@ -6,7 +6,7 @@ A layer is four base GEMMs, and behind each of them what `finish_qkv`, `paged_at
 `finish_gate_up` compute: what the adapters add, and the row-wise work that follows it anyway.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ __all__ = [
     "pick",
     "plan",
     "plan_rows",
+    "prepare",
     "rms_norm",
     "silu_mul",
     "write_kv",
@@ -71,6 +72,10 @@ class HeadNorms(NamedTuple):
     q: Tensor | None  # (head_dim,)
     k: Tensor | None  # (head_dim,)
     eps: float
+
+
+def prepare(dtype: torch.dtype, on_progress: Callable[[float], None]) -> None:
+    """Do what takes long once, before the first step: nothing here."""
 
 
 class PlannedRow(NamedTuple):

@@ -85,6 +85,10 @@ class Kernels(Protocol):
         """A base linear; a class in each module."""
         ...
 
+    def prepare(self, dtype: torch.dtype, on_progress: Callable[[float], None]) -> None:
+        """Do what takes long once, such as compiling."""
+        ...
+
     def plan(self, batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: Any = None) -> Any:
         """Prepare a step; what it returns is `plan` below, and `previous` of the next step."""
         ...
