@@ -1,0 +1,305 @@
+"""Every kernel module against plain float64 formulas, row by row: the torch twins, and both fast CPU paths."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from npc_kernels import cpu, cpu_exact, cpu_fused, openmp, reference
+from npc_kernels.batch import BatchMetadata, Codes, LoraBatch, LoraSpan
+from npc_kernels.cpu_codes import LANES
+from npc_kernels.reference import HeadNorms
+
+MODULES = [reference, cpu, cpu_fused, cpu_exact]
+DTYPES = [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
+BLOCK_SIZE = 4
+
+
+@pytest.fixture(params=MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
+def kernels(request):
+    return request.param
+
+
+def close(got, expected, tolerance):
+    torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def plain_norm(x, weight, eps=1e-5):
+    x = x.double()
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+class Step:
+    """A step of rows given as (start, stop), those of one token first, and its plan for a kernel module."""
+
+    def __init__(self, kernels, rows, *, lora=None, head_dim=8):
+        self.rows = rows
+        self.tables = [[3, 1, 9, 8], [0, 5, 11, 7], [2, 6, 10, 4]][: len(rows)]
+        self.tokens = [(row, position) for row, (start, stop) in enumerate(rows) for position in range(start, stop)]
+        num_blocks = max(-(-stop // BLOCK_SIZE) for _, stop in rows)
+        needed = [-(-stop // BLOCK_SIZE) for _, stop in rows]
+        tables = [
+            (table[:count] + table[:1] * num_blocks)[:num_blocks]
+            for table, count in zip(self.tables, needed, strict=True)
+        ]
+        self.slots = [self.slot(row, position) for row, position in self.tokens]
+        starts = [0]
+        for start, stop in rows:
+            starts.append(starts[-1] + stop - start)
+        self.batch = BatchMetadata(
+            positions=torch.tensor([position for _, position in self.tokens]),
+            kv_slots=torch.tensor(self.slots),
+            num_decode=sum(stop - start == 1 for start, stop in rows),
+            row_starts=tuple(starts),
+            block_tables=torch.tensor(tables),
+            block_size=BLOCK_SIZE,
+            lora=lora,
+        )
+        angles = torch.arange(64)[:, None] * torch.tensor([1.0, 0.3, 0.05, 0.7])[: head_dim // 2]
+        self.angles = angles[self.batch.positions]
+        self.plan = kernels.plan(self.batch, angles.cos(), angles.sin(), None)
+
+    def slot(self, row, position):
+        return self.tables[row][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+
+
+ROWS = {
+    "decode": [(6, 7), (4, 5), (0, 1)],
+    "mixed": [(6, 7), (2, 7), (0, 3)],
+    "tiles": [(14, 15), (0, 11), (3, 11)],
+}
+
+
+@pytest.fixture(params=ROWS)
+def rows(request):
+    return ROWS[request.param]
+
+
+# -- adapters ------------------------------------------------------------------------------------------------
+
+
+class Adapters:
+    """Live pages for three rows: two pages, one page, none; and a page that nobody uses."""
+
+    def __init__(self, span, rows, dtype):
+        self.span = span
+        self.pool = torch.randn(7, span.stop + 5, dtype=dtype) * 0.2
+        self.owned = [(1, 5), (4,), ()]
+        sizes = [stop - start for start, stop in rows]
+        self.of_token = [pages for pages, size in zip(self.owned, sizes, strict=True) for _ in range(size)]
+        live = (1, 4, 5)
+        mask = torch.tensor([[page in pages for page in live] for pages in self.of_token])
+        self.batch = LoraBatch(self.pool, version=1, live=live, mask=mask)
+
+    def expected(self, x):
+        """What they add to every token, in float64."""
+        added = torch.zeros(len(x), sum(self.span.out_features), dtype=torch.float64)
+        for token, pages in enumerate(self.of_token):
+            for page in self.pool[list(pages)]:
+                column, offset = 0, self.span.b_start
+                for index, width in enumerate(self.span.out_features):
+                    start = self.span.start + index * 16 * self.span.in_features
+                    a = page[start : start + 16 * self.span.in_features].view(16, -1).double()
+                    b = page[offset : offset + 16 * width].view(16, width).double()
+                    added[token, column : column + width] += (x[token].double() @ a.T) @ b
+                    column, offset = column + width, offset + 16 * width
+        return added
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_finish_residual(rows, dtype, tolerance, kernels):
+    torch.manual_seed(0)
+    adapters = Adapters(LoraSpan(3, 10, (17,)), rows, dtype)
+    step = Step(kernels, rows, lora=adapters.batch)
+    x, out = torch.randn(len(step.tokens), 10, dtype=dtype), torch.randn(len(step.tokens), 17, dtype=dtype)
+    hidden, weight = torch.randn(len(step.tokens), 17), torch.randn(17, dtype=dtype)
+    expected = hidden.double() + out.double() + adapters.expected(x)
+    normed = kernels.finish_residual(out, x, hidden, step.plan, adapters.span, weight, 1e-5)
+    close(hidden, expected, 4 * tolerance)
+    close(normed, plain_norm(expected, weight), 4 * tolerance)
+    assert normed.dtype == dtype
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_finish_gate_up(rows, dtype, tolerance, kernels):
+    torch.manual_seed(0)
+    adapters = Adapters(LoraSpan(0, 9, (7, 7)), rows, dtype)
+    step = Step(kernels, rows, lora=adapters.batch)
+    x, out = torch.randn(len(step.tokens), 9, dtype=dtype), 20 * torch.randn(len(step.tokens), 14, dtype=dtype)
+    gate, up = (out.double() + adapters.expected(x)).split(7, dim=1)
+    got = kernels.finish_gate_up(out, x, step.plan, adapters.span)
+    torch.testing.assert_close(got.double(), gate / (1 + (-gate).exp()) * up, atol=20 * tolerance, rtol=4 * tolerance)
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+@pytest.mark.parametrize("is_normed", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_finish_qkv(rows, is_normed, rotates, dtype, tolerance, kernels):
+    """Queries come back, keys and values lie in their slots, and nothing else was written."""
+    torch.manual_seed(0)
+    heads, kv_heads, size = 6, 2, 8
+    adapters = Adapters(LoraSpan(2, 9, (heads * size, kv_heads * size, kv_heads * size)), rows, dtype)
+    step = Step(kernels, rows, lora=adapters.batch)
+    num_tokens = len(step.tokens)
+    x, out = torch.randn(num_tokens, 9, dtype=dtype), torch.randn(num_tokens, 10 * size, dtype=dtype)
+    expected = (out.double() + adapters.expected(x)).view(num_tokens, 10, size)
+    norms = HeadNorms(None, None, 1e-5)
+    if is_normed:
+        norms = HeadNorms(torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype), 1e-5)
+        expected[:, :heads] = plain_norm(expected[:, :heads], norms.q)
+        expected[:, heads:-2] = plain_norm(expected[:, heads:-2], norms.k)
+    if rotates:
+        turn = torch.polar(torch.ones_like(step.angles), step.angles)[:, None]
+        pairs = torch.complex(expected[:, :-2, : size // 2], expected[:, :-2, size // 2 :]) * turn
+        expected[:, :-2] = torch.cat((pairs.real, pairs.imag), dim=-1)
+    keys = torch.full((12, BLOCK_SIZE, kv_heads, size), 7.0, dtype=dtype)
+    values = keys.clone()
+    q = kernels.finish_qkv(out, x, keys, values, step.plan, adapters.span, norms, rotates=rotates)
+    close(q, expected[:, :heads], 6 * tolerance)
+    close(keys.flatten(0, 1)[step.slots], expected[:, heads : heads + 2], 6 * tolerance)
+    close(values.flatten(0, 1)[step.slots], expected[:, heads + 2 :], 6 * tolerance)
+    untouched = sorted(set(range(12 * BLOCK_SIZE)) - set(step.slots))
+    assert (keys.flatten(0, 1)[untouched] == 7).all()
+    assert (values.flatten(0, 1)[untouched] == 7).all()
+
+
+def test_a_neighbours_overflow_stays_with_the_neighbour(kernels):
+    """One adapter of infinities; its own rows say so, the others are as if it were not there."""
+    rows = ROWS["mixed"]
+    span = LoraSpan(0, 9, (7, 7))
+    adapters = Adapters(span, rows, torch.float32)
+    x, out = torch.randn(9, 9), torch.randn(9, 14)
+    clean = kernels.finish_gate_up(out.clone(), x, Step(kernels, rows, lora=adapters.batch).plan, span)
+    adapters.pool[4, : span.b_start] = torch.inf
+    dirty = kernels.finish_gate_up(out.clone(), x, Step(kernels, rows, lora=adapters.batch).plan, span)
+    hit = torch.tensor([4 in pages for pages in adapters.of_token])
+    assert not torch.isfinite(dirty[hit]).any()
+    assert torch.equal(dirty[~hit], clean[~hit])
+
+
+def test_pages_that_changed_are_seen(kernels):
+    """The pool is written while the daemon runs; what a module keeps from step to step must follow."""
+    rows, span = ROWS["decode"], LoraSpan(0, 9, (7, 7))
+    adapters = Adapters(span, rows, torch.float32)
+    x, out = torch.randn(3, 9), torch.randn(3, 14)
+    step = Step(kernels, rows, lora=adapters.batch)
+    before = kernels.finish_gate_up(out.clone(), x, step.plan, span)
+    adapters.pool.normal_(0, 0.2)
+    changed = LoraBatch(adapters.pool, 2, adapters.batch.live, adapters.batch.mask)
+    fresh = Step(kernels, rows, lora=changed)
+    plan = kernels.plan(fresh.batch, torch.zeros(64, 4), torch.zeros(64, 4), step.plan)
+    after = kernels.finish_gate_up(out.clone(), x, plan, span)
+    assert not torch.allclose(before[:2], after[:2])
+    assert torch.equal(before[2], after[2])
+
+
+# -- norms and attention ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("size", [8, 2049])
+def test_begin(size, dtype, tolerance, kernels):
+    step = Step(kernels, ROWS["mixed"])
+    hidden, weight = torch.randn(len(step.tokens), size), torch.randn(size, dtype=dtype)
+    close(kernels.begin(hidden, step.plan, weight, 1e-5), plain_norm(hidden, weight), tolerance)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_paged_attention_is_causal_attention_of_each_row(rows, num_threads, dtype, tolerance, kernels):
+    """Decode, a chunk in the middle of a prompt, and a whole prompt, in one batch; NaN in slots of nobody."""
+    torch.manual_seed(0)
+    heads, kv_heads, size = 6, 2, 8
+    step = Step(kernels, rows)
+    k_cache = torch.full((12 * BLOCK_SIZE, kv_heads, size), torch.nan, dtype=dtype)
+    v_cache = k_cache.clone()
+    for row, (_, stop) in enumerate(rows):
+        slots = [step.slot(row, position) for position in range(stop)]
+        k_cache[slots] = torch.randn(stop, kv_heads, size, dtype=dtype)
+        v_cache[slots] = torch.randn(stop, kv_heads, size, dtype=dtype)
+    q = torch.randn(len(step.tokens), heads, size, dtype=dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        shape = (12, BLOCK_SIZE, kv_heads, size)
+        got = kernels.paged_attention(q, k_cache.view(shape), v_cache.view(shape), step.plan)
+    finally:
+        torch.set_num_threads(before)
+    for token, (row, position) in enumerate(step.tokens):
+        seen = [step.slot(row, p) for p in range(position + 1)]
+        for head in range(heads):
+            k_row, v_row = k_cache[seen, head // 3].double(), v_cache[seen, head // 3].double()
+            weights = torch.softmax(k_row @ q[token, head].double() / math.sqrt(size), dim=0)
+            close(got[token].view(heads, size)[head], weights @ v_row, tolerance)
+
+
+def test_a_key_that_is_no_number_reaches_the_logits(kernels):
+    """Or a line whose adapter overflowed would speak nonsense instead of ending with an error."""
+    step = Step(kernels, [(6, 7)])
+    cache = torch.randn(12, BLOCK_SIZE, 2, 8)
+    broken = cache.clone()
+    broken.flatten(0, 1)[step.slot(0, 2)] = torch.nan
+    assert torch.isnan(kernels.paged_attention(torch.randn(1, 6, 8), broken, cache, step.plan)).all()
+
+
+# -- linears ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 3, 4, 5, 16, 17, 40])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_linear(num_rows, has_bias, dtype, tolerance, kernels):
+    torch.manual_seed(0)
+    weight, x = torch.randn(24, 48, dtype=dtype) / 7, torch.randn(num_rows, 48, dtype=dtype)
+    bias = torch.randn(24, dtype=dtype) if has_bias else None
+    expected = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
+    close(kernels.Linear(weight, bias)(x), expected, tolerance)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 4, 9])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_codes_are_the_weight(num_rows, dtype, tolerance):
+    """4-bit codes with their scales and minima, against the dense weight they stand for."""
+    torch.manual_seed(0)
+    num_out, num_groups = 2 * LANES, 3
+    values = torch.randint(0, 256, (num_out, num_groups, 16), dtype=torch.uint8)
+    codes = Codes(values, torch.rand(num_out, num_groups) * 0.02, torch.randn(num_out, num_groups) * 0.05)
+    digits = torch.cat((values & 15, values >> 4), dim=-1).double()
+    dense = (digits * codes.scale[..., None] + codes.minimum[..., None]).flatten(1)
+    x = torch.randn(num_rows, 32 * num_groups, dtype=dtype)
+    linear = cpu_fused.Linear(torch.zeros_like(dense, dtype=dtype), None, codes)
+    got = linear(x)
+    if num_rows > cpu_fused.MAX_CODE_ROWS[dtype]:
+        assert not got.any(), "many rows take the dense weight, which is zero here"
+    else:
+        close(got, x.double() @ dense.T, tolerance)
+
+
+def test_threads_that_share_out_the_work_are_torchs_own():
+    """Two OpenMP libraries in one process would keep each other from the cores."""
+    assert len({path for path in openmp._loaded_libraries() if "/torch/" in path}) == 1
+    assert openmp._fork().__name__ == "GOMP_parallel"
+
+
+def test_one_thread_does_all_the_work_where_openmp_is_another(monkeypatch):
+    monkeypatch.setattr(openmp, "_loaded_libraries", list)
+    openmp._fork.cache_clear()
+    try:
+        hidden, weight = torch.randn(5, 40), torch.randn(40)
+        step = Step(cpu_fused, [(0, 5)])
+        close(cpu_fused.begin(hidden, step.plan, weight, 1e-5), plain_norm(hidden, weight), 2e-5)
+    finally:
+        openmp._fork.cache_clear()
+
+
+def test_without_numba_the_plain_path_is_chosen():
+    code = (
+        "import sys; sys.modules['numba'] = None\n"
+        "import torch; from npc_runtime.engine.model import choose_kernels\n"
+        "print(choose_kernels(torch.device('cpu')).__name__)\n"
+        "choose_kernels(torch.device('cpu'), deterministic=True)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.stdout == "npc_kernels.cpu\n"
+    assert "--deterministic needs the compiled CPU kernels" in done.stderr
