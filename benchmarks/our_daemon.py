@@ -17,7 +17,7 @@ from typing import Any
 
 from place import Place
 from processes import START_LIMIT_S, Group, Skipped
-from workload import Cell, Measured, adapter_folder
+from workload import Cell, Measured, adapter_folder, prompts_of
 
 from npc_runtime.client import Client
 from npc_runtime.errors import NpcError
@@ -110,7 +110,7 @@ class Daemon:
         """Words to say so that `length` tokens must be computed; short lines tell what the template adds."""
         num_words = SHORTEST
         for trial in range(SIZING_ROUNDS):
-            prompts = [[trial + 31 * n + 7 * k for k in range(length)] for n in range(cell.npcs)]
+            prompts = prompts_of(cell, f"sizing {length} {trial}", vocabulary=self.place.config["vocab_size"])
             lines, _ = self._play(_texts(prompts, num_words), 1, limit_s)
             if trial:  # the first only fills the cache
                 overhead = statistics.median(line.computed for line in lines) - num_words

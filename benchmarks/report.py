@@ -29,7 +29,7 @@ def best_peer(rows: list[dict[str, Any]], **cell: Any) -> dict[str, Any] | None:
 
 def tables_of(entries: list[Entry], cell: Cell) -> str:
     """The cell's table, with each system's ratio to the best peer."""
-    mine = [entry for entry in entries if entry.cell in (cell, _without_adapters(cell))]
+    mine = [entry for entry in entries if entry.group == cell]
     best = best_peer(results_of([entry for entry in mine if entry.cell == cell]))
     rounds = max((len(entry.samples) for entry in mine), default=0)
     lines = [f"\n{cell.title}, {cell.new_tokens} new tokens; medians of {rounds} rounds"]
