@@ -25,10 +25,12 @@ from npc_runtime.protocol import DeltaItem, LineEnd
 
 __all__ = ["Daemon"]
 
-WORDS = (
-    "the man said that his old house was near a green river and every day many people came over from her town "
-    "with good food for their long way home where no one had ever seen such great fire before this night"
-).split()
+TEXT = (
+    "the man said that his old house was near a green river and every day many people came over from her "
+    "town with good food for their long way home where no one had ever seen such great fire before this "
+    "night "
+)
+WORDS = TEXT.split()
 """Each is one token of the embedded base with its space."""
 
 SHORTEST = 4  # words a player says at least

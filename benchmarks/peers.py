@@ -45,7 +45,13 @@ def main() -> None:
     print(machine_line(machine), flush=True)
     for name, reason in skipped.items():
         print(f"skipped {name}: {reason}", flush=True)
-    race = Race(place, systems, limit_s=options.limit, minutes=options.minutes, say=chatter.print)
+    race = Race(
+        place,
+        systems,
+        limit_s=options.limit,
+        minutes=options.minutes,
+        say=lambda text: chatter.print(text, soft_wrap=True),
+    )
     grid = default_grid(options.npcs, options.prompts, rounds=options.rounds, new_tokens=options.new_tokens)
     try:
         for number, cell in enumerate(grid):

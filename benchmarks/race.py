@@ -14,7 +14,9 @@ __all__ = ["Entry", "Race", "System"]
 
 MAX_FOREIGN = 0.1  # share of the processor that others may take before a measurement is repeated
 MAX_TRIES = 3
+LONG_S = 30.0  # what takes longer is not repeated
 QUIET_LIMIT_S = 30.0
+LONG_PROMPT = 100  # from here on no rows without adapters or without AVX-512
 WARM_PROMPT, WARM_NEW = 32, 4
 
 
@@ -25,12 +27,23 @@ class System(Protocol):
     variant: str
 
     @property
-    def group(self) -> Group | None: ...
-    def key(self, cell: Cell) -> Hashable: ...
-    def set_up(self, on_progress: Any) -> None: ...
-    def open(self, cell: Cell) -> None: ...
-    def speak(self, cell: Cell, prompts: list[list[int]], limit_s: float) -> Measured: ...
-    def close(self) -> None: ...
+    def group(self) -> Group | None:
+        """The processes of it that run now."""
+
+    def key(self, cell: Cell) -> Hashable:
+        """What it must be started for; while this stays the same it stays open."""
+
+    def set_up(self, on_progress: Any) -> None:
+        """Fetch and build what it needs. Raises `Skipped`."""
+
+    def open(self, cell: Cell) -> None:
+        """Start it for a cell. Raises `Skipped`."""
+
+    def speak(self, cell: Cell, prompts: list[list[int]], limit_s: float) -> Measured:
+        """Speak one batch. Raises `Skipped`."""
+
+    def close(self) -> None:
+        """End its processes; may be called twice."""
 
 
 @dataclass(slots=True)
@@ -39,6 +52,7 @@ class Entry:
 
     system: System
     cell: Cell
+    group: Cell  # what it is compared in; `cell` differs from it where the adapters are left out
     samples: list[Measured] = field(default_factory=list)
     foreign: list[float] = field(default_factory=list)
     reason: str = ""
@@ -92,17 +106,17 @@ class Race:
                 system.close()
 
     def _enter(self, cell: Cell) -> list[Entry]:
-        is_plain = cell.rank == 16 and cell.prompt_tokens < 100
+        is_plain = cell.rank == 16 and cell.prompt_tokens < LONG_PROMPT
         entries = []
         for number, system in enumerate(self._systems):
             is_avx2 = system.variant == "AVX2"
             if is_avx2 and not is_plain:
                 continue
-            entry = Entry(system, cell)
+            entry = Entry(system, cell, cell)
             entries.append(entry)
             self._attempt(entry, lambda number=number: self._prepare(number, cell))
             if number == 0 and is_plain and not entry.is_out:
-                entries.append(Entry(system, replace(cell, rank=0)))
+                entries.append(Entry(system, replace(cell, rank=0), cell))
         return entries
 
     def _prepare(self, number: int, cell: Cell) -> None:
@@ -123,8 +137,9 @@ class Race:
         """One sample; the least disturbed of a few tries."""
         tries = []
         for attempt in range(MAX_TRIES):
-            tries.append(self._try(entry, f"{number}.{attempt}"))
-            if tries[-1][0] <= MAX_FOREIGN or time.monotonic() > self._end:
+            foreign, sample = self._try(entry, f"{number}.{attempt}")
+            tries.append((foreign, sample))
+            if foreign <= MAX_FOREIGN or sample.last_line_s > LONG_S or time.monotonic() > self._end:
                 break
         foreign, sample = min(tries, key=lambda pair: pair[0])
         entry.samples.append(sample)

@@ -48,10 +48,6 @@ def tables_of(entries: list[Entry], cell: Cell) -> str:
     return "\n".join(lines)
 
 
-def _without_adapters(cell: Cell) -> Cell:
-    return Cell(cell.npcs, 0, cell.prompt_tokens, cell.new_tokens, cell.rounds)
-
-
 def _row(entry: Entry) -> dict[str, Any]:
     cell = entry.cell
     last_line_s = statistics.median(sample.last_line_s for sample in entry.samples)

@@ -1,4 +1,4 @@
-"""Runs in vLLM's venv: its engine in this very process, a LoRA request per prompt, stepped by hand to see first texts."""
+"""Runs in vLLM's venv: its engine in this process, a LoRA request per prompt, stepped by hand to see first texts."""
 
 from pathlib import Path
 from typing import Any

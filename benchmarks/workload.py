@@ -65,7 +65,9 @@ class Measured:
         return None
 
 
-def default_grid(npcs: list[int], prompts: list[int], *, rounds: int | None = None, new_tokens: int = 100) -> list[Cell]:
+def default_grid(
+    npcs: list[int], prompts: list[int], *, rounds: int | None = None, new_tokens: int = 100
+) -> list[Cell]:
     """Prompt 43 with every N at rank 16; mixed ranks and longer prompts at 8 NPCs only: all of it would take hours.
 
     Cells of equal N and rank stand together, so that a peer that must be started for them is started once.
