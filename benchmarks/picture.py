@@ -18,7 +18,7 @@ WIDTH, MARGIN = 860, 16
 LABEL_END, BAR_START, BAR_END = 190, 202, 620
 BAR, STEP, GROUP_GAP, HEAD = 20, 28, 22, 30
 TITLE_HEIGHT, FOOT_HEIGHT = 58, 50
-TEXT, QUIET, OURS, OURS_TOO, PEER = "#6e7781", "#6e7781", "#2f81f7", "#6a9fe8", "#8c959f"
+TEXT, OURS, OURS_TOO, PEER = "#717b87", "#2f81f7", "#6a9fe8", "#8c959f"
 FONT = "-apple-system, BlinkMacSystemFont, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
 NAMES = {
     "npc-runtime": "npc-runtime, engine",
@@ -79,7 +79,7 @@ def _group(npcs: int, rows: list[dict[str, Any]], top: int, longest: float) -> l
         name += f" ({row['variant']})" if row.get("variant") else ""
         weight = 600 if _is_ours(row) else 400
         parts.append(
-            _text(LABEL_END, y + 15, name, anchor="end", weight=weight, color=color if _is_ours(row) else TEXT)
+            _text(LABEL_END, y + 15, name, anchor="end", weight=weight, color=OURS if _is_ours(row) else TEXT)
         )
         parts.append(f'<rect x="{BAR_START}" y="{y}" width="{width:.1f}" height="{BAR}" rx="3" fill="{color}"/>')
         value = f"{row['tokens_per_s']:.0f}"
@@ -97,7 +97,7 @@ def _foot(machine: dict[str, Any], y: int) -> list[str]:
     )
     words = f"SmolLM2-135M on {machine['cpu']}, {machine['physical_cores']} cores, {isa}; systems took turns, medians"
     line = f'<line x1="{MARGIN}" x2="{WIDTH - MARGIN}" y1="{y}" y2="{y}" stroke="{PEER}" stroke-opacity="0.4"/>'
-    return [line, _text(MARGIN, y + 24, words, size=12, color=QUIET)]
+    return [line, _text(MARGIN, y + 24, words, size=12)]
 
 
 def _text(
