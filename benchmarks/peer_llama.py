@@ -93,7 +93,7 @@ class LlamaServer:
         }
         binary = os.path.join(self.place.llama_binaries, "llama-server")
         command = [binary, *(str(part) for pair in options.items() for part in pair), "--lora-init-without-apply"]
-        self.group = Group(command, log=self.place.log(f"{self.name}-{self.variant}"))
+        self.group = Group(command, log=self.place.log(f"{self.name}-{self.variant}"), is_spoken_to=False)
         self._wait_until_healthy()
 
     def speak(self, cell: Cell, prompts: list[list[int]], limit_s: float) -> Measured:

@@ -25,7 +25,7 @@ from picture import draw
 from place import ROOT, Place, describe_machine
 from processes import Skipped
 from race import Race, System
-from report import results_of, tables_of
+from report import results_of, skipped_of, tables_of
 from workload import default_grid
 
 from npc_runtime.console import progress_bars, stderr
@@ -59,8 +59,8 @@ def main() -> None:
             print(tables_of(race.entries, cell), flush=True)
     finally:
         race.close()
-    results = results_of(race.entries)
-    body = {"bench": "peers", "machine": machine, "results": results, "skipped": skipped}
+    absent = [{"system": name, "reason": reason} for name, reason in skipped.items()] + skipped_of(race.entries)
+    body = {"bench": "peers", "machine": machine, "results": results_of(race.entries), "skipped": absent}
     save(body, Path(__file__).parent if is_complete(options, skipped) else place.root)
     print(json.dumps(body))
 

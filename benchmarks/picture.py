@@ -78,9 +78,7 @@ def _group(npcs: int, rows: list[dict[str, Any]], top: int, longest: float) -> l
         name = NAMES.get(row["system"], row["system"])
         name += f" ({row['variant']})" if row.get("variant") else ""
         weight = 600 if _is_ours(row) else 400
-        parts.append(
-            _text(LABEL_END, y + 15, name, anchor="end", weight=weight, color=OURS if _is_ours(row) else TEXT)
-        )
+        parts.append(_text(LABEL_END, y + 15, name, anchor="end", weight=weight, color=OURS if _is_ours(row) else TEXT))
         parts.append(f'<rect x="{BAR_START}" y="{y}" width="{width:.1f}" height="{BAR}" rx="3" fill="{color}"/>')
         value = f"{row['tokens_per_s']:.0f}"
         if _is_ours(row) and best:

@@ -103,16 +103,21 @@ def _last_error(log: Path) -> str:
 
 
 class Group:
-    """A process with its children: started, stopped while idle, gone at the end."""
+    """A process with its children: started, stopped while idle, gone at the end.
 
-    def __init__(self, command: list[str], *, log: Path, env: dict[str, str] | None = None) -> None:
+    `is_spoken_to`: its stdin and stdout are ours; otherwise stdout goes to the log too.
+    """
+
+    def __init__(
+        self, command: list[str], *, log: Path, env: dict[str, str] | None = None, is_spoken_to: bool = True
+    ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         with log.open("w", encoding="utf-8") as file:
             self.process = subprocess.Popen(
                 command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdin=subprocess.PIPE if is_spoken_to else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if is_spoken_to else file,
                 stderr=file,
                 env={**os.environ, **(env or {})},
                 start_new_session=True,

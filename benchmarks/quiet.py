@@ -7,23 +7,28 @@ from pathlib import Path
 __all__ = ["Watch"]
 
 STAT = Path("/proc/stat")
-BUSY_FIELDS = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal: all but idle and iowait
+NICED = 1
+BUSY_FIELDS = (0, 1, 2, 5, 6, 7)  # user, niced, system, irq, softirq, steal: all but idle and iowait
 SESSION, USER_TIME, SYSTEM_TIME = 3, 11, 12  # of /proc/PID/stat, counted behind the command's name
 
 
 class Watch:
-    """Compares the processor time of the whole machine with that of one session and this process."""
+    """Compares the processor time of the whole machine with that of one session and this process.
 
-    def __init__(self, session: int) -> None:
+    Before anything runs, what others do at a low priority does not count: it will give way.
+    """
+
+    def __init__(self, session: int | None) -> None:
         self._session = session
+        self._fields = [field for field in BUSY_FIELDS if session is not None or field != NICED]
         self._began = time.monotonic()
-        self._busy, self._own = _busy_seconds(), self._own_seconds()
+        self._busy, self._own = self._busy_seconds(), self._own_seconds()
 
     def foreign_share(self) -> float:
         """The share of all cores that others used since this was made, 0 to 1."""
         if not STAT.exists():
             return 0.0
-        others = (_busy_seconds() - self._busy) - (self._own_seconds() - self._own)
+        others = (self._busy_seconds() - self._busy) - (self._own_seconds() - self._own)
         return max(0.0, others / ((time.monotonic() - self._began) * (os.cpu_count() or 1)))
 
     def _own_seconds(self) -> float:
@@ -37,9 +42,8 @@ class Watch:
                 ticks += int(fields[USER_TIME]) + int(fields[SYSTEM_TIME])
         return ticks / os.sysconf("SC_CLK_TCK")
 
-
-def _busy_seconds() -> float:
-    if not STAT.exists():
-        return 0.0
-    fields = [int(field) for field in STAT.read_text().splitlines()[0].split()[1:]]
-    return sum(fields[index] for index in BUSY_FIELDS) / os.sysconf("SC_CLK_TCK")
+    def _busy_seconds(self) -> float:
+        if not STAT.exists():
+            return 0.0
+        ticks = [int(field) for field in STAT.read_text().splitlines()[0].split()[1:]]
+        return sum(ticks[field] for field in self._fields) / os.sysconf("SC_CLK_TCK")

@@ -179,7 +179,7 @@ def wait_for_quiet(end: float) -> None:
     """Wait until nobody uses the processor, half a minute at most; all systems are stopped now."""
     limit = min(time.monotonic() + QUIET_LIMIT_S, end)
     while time.monotonic() < limit:
-        watch = Watch(-1)
+        watch = Watch(None)
         time.sleep(0.3)
         if watch.foreign_share() <= MAX_FOREIGN:
             return

@@ -7,7 +7,7 @@ from place import AVX2
 from race import Entry
 from workload import Cell
 
-__all__ = ["best_peer", "results_of", "tables_of"]
+__all__ = ["best_peer", "results_of", "skipped_of", "tables_of"]
 
 OURS = "npc-runtime"
 
@@ -17,13 +17,23 @@ def results_of(entries: list[Entry]) -> list[dict[str, Any]]:
     return [_row(entry) for entry in entries if entry.samples and not entry.is_slower_variant]
 
 
-def best_peer(rows: list[dict[str, Any]], **cell: Any) -> dict[str, Any] | None:
-    """The fastest peer of a cell, given by fields of its rows."""
-    peers = [
-        row
-        for row in rows
-        if not row["system"].startswith(OURS) and all(row[name] == value for name, value in cell.items())
+def skipped_of(entries: list[Entry]) -> list[dict[str, Any]]:
+    """What was not measured, or not to the end, and why."""
+    names = ("npcs", "rank", "prompt_tokens")
+    return [
+        {
+            "system": entry.system.name,
+            **{name: getattr(entry.cell, name) for name in names},
+            "reason": entry.reason,
+        }
+        for entry in entries
+        if entry.reason
     ]
+
+
+def best_peer(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fastest of a cell's rows that is not ours."""
+    peers = [row for row in rows if not row["system"].startswith(OURS)]
     return max(peers, key=lambda row: row["tokens_per_s"], default=None)
 
 

@@ -24,7 +24,6 @@ def start(command: dict[str, Any]) -> dict[str, Any]:
             max_loras=max(1, len(paths)),
             max_lora_rank=command["max_rank"],
             enable_prefix_caching=False,
-            enforce_eager=command["eager"],
             disable_log_stats=True,
         )
     )

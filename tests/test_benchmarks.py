@@ -1,6 +1,7 @@
 """The bench scripts without the peers: options, adapters and their GGUF form, prompts, turns, JSON, picture."""
 
 import json
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from picture import draw
 from place import Place
 from processes import Group, Skipped, Worker, make_venv
 from race import Race
-from report import results_of, tables_of
+from report import results_of, skipped_of, tables_of
 from workload import Cell, Measured, default_grid, make_adapter, prompts_of
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the bench stops processes by POSIX signals")
 
 CONFIG = {
     "hidden_size": 48,
@@ -178,6 +181,7 @@ def test_too_few_tokens_are_no_measurement(tmp_path, base_folder):
     (entry,) = race.entries
     assert "generated [7] tokens on 2 lines, not 8" in entry.reason
     assert results_of(race.entries) == []
+    assert [(out["system"], out["npcs"]) for out in skipped_of(race.entries)] == [("broken", 2)]
     assert "skipped: generated" in tables_of(race.entries, cell)
     assert system.group is None
 
@@ -185,12 +189,12 @@ def test_too_few_tokens_are_no_measurement(tmp_path, base_folder):
 def test_a_worker_that_dies_or_hangs_is_skipped(tmp_path):
     script = tmp_path / "hangs.py"
     script.write_text("import time; time.sleep(60)")
-    group = Group(["python", str(script)], log=tmp_path / "log")
+    group = Group([sys.executable, str(script)], log=tmp_path / "log")
     with pytest.raises(Skipped, match="no answer within 0 s"):
         group.read_line(0.2)
     group.close()
     assert group.process.returncode is not None
-    worker = Worker(Path("python"), "no_such_script.py", log=tmp_path / "log")
+    worker = Worker(Path(sys.executable), "no_such_script.py", log=tmp_path / "log")
     with pytest.raises(Skipped, match=r"no_such_script|process ended"):
         worker.start()
     worker.group.close()
