@@ -113,7 +113,8 @@ def machine_line(machine: dict[str, object]) -> str:
 
 def is_complete(options: argparse.Namespace, skipped: dict[str, str]) -> bool:
     """Whether the run may replace the README's picture."""
-    return not skipped and list(options.peers) == list(PEERS) and options.npcs == [1, 8, 32]
+    narrowed = ("peers", "npcs", "prompts", "new_tokens", "rounds")
+    return not skipped and all(getattr(options, name) == getattr(parse_options([]), name) for name in narrowed)
 
 
 def save(body: dict[str, object], folder: Path) -> None:

@@ -45,6 +45,9 @@ def test_options_narrow_the_run():
     assert options.peers == ["llama-server", "peft"]
     assert options.npcs == [8]
     assert options.avx2
+    assert not peers.is_complete(options, {})
+    assert peers.is_complete(peers.parse_options(["--avx2"]), {})
+    assert not peers.is_complete(peers.parse_options([]), {"peft": "no network"})
     assert peers.parse_options([]).peers == list(peers.PEERS)
     assert peers.parse_options(["--peers", "none"]).peers == []
 
