@@ -42,7 +42,7 @@ def tables_of(entries: list[Entry], cell: Cell) -> str:
     mine = [entry for entry in entries if entry.group == cell]
     best = best_peer(results_of([entry for entry in mine if entry.cell == cell]))
     rounds = max((len(entry.samples) for entry in mine), default=0)
-    lines = [f"\n{cell.title}, {cell.new_tokens} new tokens; medians of {rounds} rounds"]
+    lines = [f"\n{cell.title}, {cell.new_tokens} new tokens; {rounds} round{'s, medians' if rounds > 1 else ''}"]
     lines.append(f"  {'system':<36}{'tokens/s':>10}{'last line':>11}{'first text':>12}{'× best peer':>13}")
     for entry in mine:
         if not entry.samples:
