@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check generate clean
+.PHONY: demo test check bench generate clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/npc-runtime demo
@@ -19,6 +19,13 @@ check: $(VENV)/.dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+# Side by side with llama-server, vLLM and PEFT, each set up once in a venv below BENCH_DIR (llama.cpp is compiled:
+# it needs a C++ compiler and a while). make bench PEERS=llama-server NPCS=1,8 AVX2=1 BENCH_DIR=…; PEERS=none: ours alone
+bench: export TORCH_INDEX := $(TORCH_INDEX)
+bench: $(VENV)/.runtime
+	@$(BIN)/python benchmarks/peers.py $(if $(PEERS),--peers $(PEERS)) $(if $(NPCS),--npcs $(NPCS)) \
+		$(if $(AVX2),--avx2) $(if $(BENCH_DIR),--root $(BENCH_DIR))
 
 # Writes PROTOCOL.md and tests/golden/ from the models; tests fail when they are stale.
 generate: $(VENV)/.dev
@@ -41,4 +48,4 @@ $(VENV)/.dev: $(VENV)/.runtime
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .bench build *.egg-info

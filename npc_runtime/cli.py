@@ -164,6 +164,39 @@ def demo(
         raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    npcs: Annotated[int, typer.Option(min=1, max=64, help="NPCs that speak at once; personas take turns.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, max=100)] = 3,
+    max_tokens: Annotated[int, typer.Option(min=1, max=1_024, help="Tokens of every line, exactly.")] = 100,
+    url: Annotated[str | None, typer.Option(help="The daemon; default: what the project's runtime file says.")] = None,
+    token: Annotated[str | None, typer.Option(help="Its token, with --url.")] = None,
+    project: Annotated[str | None, typer.Option(help="Name of the runtime file; default from --personas.")] = None,
+    personas: Personas = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the running daemon: throughput, time to first text, time between texts."""
+    import asyncio
+
+    from npc_runtime.bench import find_daemon, measure
+    from npc_runtime.console import progress_bars, stderr
+
+    _prepare_process()
+    target = find_daemon(project, personas or _default_personas(), url=url, token=token)
+    with progress_bars(stderr()) as report:
+        label = f"{npcs} NPCs, {rounds} rounds"
+        result = asyncio.run(
+            measure(
+                target,
+                npcs=npcs,
+                rounds=rounds,
+                max_tokens=max_tokens,
+                on_round=lambda number: report(label, number / rounds),
+            )
+        )
+    typer.echo(result.to_json() if as_json else result.to_text())
+
+
 @persona_app.command("list")
 def persona_list(personas: Personas = None, as_json: AsJson = False) -> None:
     """List the personas of a folder."""

@@ -52,6 +52,10 @@ class DaemonProcess:
     def token(self):
         return self.endpoint["token"]
 
+    @property
+    def runtime_folder(self):
+        return RUNTIME_FOLDER.name
+
     def read_log(self):
         self.log.seek(0)
         return self.log.read()

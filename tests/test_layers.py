@@ -57,6 +57,7 @@ LAYERS = [
     "npc_runtime.train",
     "npc_runtime.console",
     "npc_runtime.demo",
+    "npc_runtime.bench",
     "npc_runtime.cli",
     "npc_runtime.__main__",
 ]
@@ -78,6 +79,7 @@ WITHOUT_TORCH = [
     "npc_runtime.console",
     "npc_runtime.cli",
     "npc_runtime.demo",
+    "npc_runtime.bench",
     "npc_runtime.engine.core",
     "npc_runtime.engine.blocks",
     "npc_runtime.engine.pages",
@@ -169,7 +171,7 @@ def test_public_names_are_listed_and_true(name):
     body = ast.parse(SOURCES[name].read_text(encoding="utf-8")).body
     kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     public = {node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")}
-    commands = {"serve", "demo", "persona_list", "persona_check", "persona_render", "train", "DType"}
+    commands = {"serve", "demo", "bench", "persona_list", "persona_check", "persona_render", "train", "DType"}
     assert public - set(listed) <= (commands if name == "npc_runtime.cli" else set())
     for public in listed:
         assert hasattr(module, public)
