@@ -10,6 +10,7 @@ from npc_kernels import cpu, cpu_exact, cpu_fused, openmp, reference
 from npc_kernels.batch import BatchMetadata, Codes, LoraBatch, LoraSpan
 from npc_kernels.cpu_codes import LANES
 from npc_kernels.reference import HeadNorms
+from test_codes import weights_of
 
 MODULES = [reference, cpu, cpu_fused, cpu_exact]
 DTYPES = [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
@@ -257,19 +258,21 @@ def test_linear(num_rows, has_bias, dtype, tolerance, kernels):
     close(kernels.Linear(weight, bias)(x), expected, tolerance)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("num_rows", [1, 3, 4, 9])
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_codes_are_the_weight(num_rows, dtype, tolerance):
-    """4-bit codes with their scales and minima, against the dense weight they stand for."""
+def test_codes_are_the_weight(num_rows, bits, dtype, tolerance):
+    """Codes with their scales and minima, against the dense weight they stand for."""
     torch.manual_seed(0)
     num_out, num_groups = 2 * LANES, 3
-    values = torch.randint(0, 256, (num_out, num_groups, 16), dtype=torch.uint8)
-    codes = Codes(values, torch.rand(num_out, num_groups) * 0.02, torch.randn(num_out, num_groups) * 0.05)
-    digits = torch.cat((values & 15, values >> 4), dim=-1).double()
-    dense = (digits * codes.scale[..., None] + codes.minimum[..., None]).flatten(1)
+    scale, minimum = torch.rand(num_out, num_groups) * 0.02, torch.randn(num_out, num_groups) * 0.05
+    if bits == 4:
+        codes = Codes(torch.randint(0, 256, (num_out, num_groups, 16), dtype=torch.uint8), scale, minimum)
+    else:
+        codes = Codes(torch.randint(-128, 128, (num_out, num_groups, 32), dtype=torch.int8), scale / 16, None)
+    dense = weights_of(codes).double()
     x = torch.randn(num_rows, 32 * num_groups, dtype=dtype)
-    linear = cpu_fused.Linear(torch.zeros_like(dense, dtype=dtype), None, codes)
-    got = linear(x)
+    got = cpu_fused.Linear(torch.zeros_like(dense, dtype=dtype), None, codes)(x)
     if num_rows > cpu_fused.MAX_CODE_ROWS[dtype]:
         assert not got.any(), "many rows take the dense weight, which is zero here"
     else:

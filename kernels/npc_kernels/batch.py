@@ -55,14 +55,15 @@ class LoraSpan:
 
 @dataclass(frozen=True, slots=True)
 class Codes:
-    """A linear's weight in 4 bits: `scale * code + minimum`, both per group of 32 inputs (GGUF's Q4_1).
+    """A linear's weight as it was published, in groups of 32 inputs: 4 or 8 bits (GGUF's Q4_1 and Q8_0).
 
-    The low half of byte `i` of a group is the code of input `i`, the high half that of input `i + 16`.
+    4 bits: `scale * code + minimum`; the low half of byte `i` of a group is the code of input `i`, the high half that
+    of input `i + 16`. 8 bits: `scale * code`, and no minimum.
     """
 
-    values: Tensor  # (out_features, in_features / 32, 16) uint8
+    values: Tensor  # (out_features, in_features / 32, 16) uint8, or (out_features, in_features / 32, 32) int8
     scale: Tensor  # (out_features, in_features / 32) float32
-    minimum: Tensor  # like scale
+    minimum: Tensor | None  # like scale
 
 
 @dataclass(frozen=True, slots=True)

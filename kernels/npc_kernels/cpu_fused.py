@@ -14,7 +14,7 @@ from torch import Tensor
 from npc_kernels import cpu, cpu_rows
 from npc_kernels.batch import PAGE_RANK, BatchMetadata, Codes, LoraSpan
 from npc_kernels.cpu_attend import CHUNK, attend
-from npc_kernels.cpu_codes import PackedCodes, multiply_codes
+from npc_kernels.cpu_codes import PackedCodes, multiply_bytes, multiply_codes
 from npc_kernels.cpu_draw import draw, draw_rows
 from npc_kernels.cpu_jit import Work, compiled, run
 from npc_kernels.cpu_rows import TILE
@@ -35,7 +35,7 @@ __all__ = [
 
 
 MAX_CODE_ROWS = {torch.bfloat16: 1, torch.float32: 4}
-"""Rows up to which a linear is faster from its 4-bit codes than from its dense weight (kernels/README.md)."""
+"""Rows up to which a linear is faster from its 4- or 8-bit codes than from its dense weight (kernels/README.md)."""
 
 
 MAX_ATTENDED = 64
@@ -43,7 +43,7 @@ MAX_ATTENDED = 64
 
 
 class Linear:
-    """A base linear; few rows go through its 4-bit codes, if it has any, many through oneDNN."""
+    """A base linear; few rows go through its codes, if it has any, many through oneDNN."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, codes: Codes | None = None) -> None:
         self._dense = cpu.Linear(weight, bias)
@@ -63,7 +63,7 @@ class Linear:
 
 def prepare(dtype: torch.dtype, on_progress: Callable[[float], None]) -> None:
     """Compile everything, which takes seconds the first time; later it is read from numba's cache."""
-    kernels = [cpu_rows.norm, cpu_rows.residual, cpu_rows.gate_up, cpu_rows.qkv, attend, multiply_codes]
+    kernels = [cpu_rows.norm, cpu_rows.residual, cpu_rows.gate_up, cpu_rows.qkv, attend, multiply_codes, multiply_bytes]
     wanted = [*((kernel, dtype) for kernel in kernels), (draw_rows, torch.float32)]
     for done, (kernel, of) in enumerate(wanted):
         on_progress(done / len(wanted))

@@ -1,4 +1,4 @@
-"""The 4-bit codes of the embedded base, as its GGUF has them; the dense weights beside it hold the same numbers."""
+"""The codes of the embedded base, as its GGUF has them; the dense weights beside it hold the same numbers."""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,9 @@ from npc_runtime.engine.embedded import hugging_face_name, unpermute
 
 __all__ = ["read_codes"]
 
-BLOCK_BYTES = 20  # of Q4_1: scale and minimum in float16, then 16 bytes of codes
-
 
 def read_codes(folder: Path) -> dict[str, Codes]:
-    """Codes of every linear by tensor name; empty for a base that was not published in 4 bits."""
+    """Codes of every linear and of the embedding by tensor name; empty for a base that was not published so."""
     path = folder / "published.gguf"
     if not path.is_file():
         return {}
@@ -27,20 +25,26 @@ def read_codes(folder: Path) -> dict[str, Codes]:
     }
     codes = {}
     for tensor in reader.tensors:
+        name = hugging_face_name(tensor.name)
+        kind = name.split(".")[-2]
+        data = unpermute(tensor.data, heads[kind]) if kind in heads else tensor.data
         if tensor.tensor_type == GGMLQuantizationType.Q4_1:
-            name = hugging_face_name(tensor.name)
-            kind = name.split(".")[-2]
-            codes[name] = _split(unpermute(tensor.data, heads[kind]) if kind in heads else tensor.data)
+            codes[name] = _split(data, block_bytes=20, factor_bytes=4)
+        elif tensor.tensor_type == GGMLQuantizationType.Q8_0:
+            codes[name] = _split(data, block_bytes=34, factor_bytes=2)
     return codes
 
 
-def _split(data: Any) -> Codes:
+def _split(data: Any, *, block_bytes: int, factor_bytes: int) -> Codes:
+    """Blocks of 32 weights: scale and, with 4 bits, minimum in float16, then the codes."""
     import numpy as np
 
-    blocks = data.reshape(len(data), -1, BLOCK_BYTES)
-    factors = np.ascontiguousarray(blocks[..., :4]).view(np.float16).astype(np.float32)
+    blocks = data.reshape(len(data), -1, block_bytes)
+    factors = np.ascontiguousarray(blocks[..., :factor_bytes]).view(np.float16).astype(np.float32)
+    has_minimum = factor_bytes == 4
+    values = np.ascontiguousarray(blocks[..., factor_bytes:])
     return Codes(
-        values=torch.from_numpy(np.ascontiguousarray(blocks[..., 4:])),
+        values=torch.from_numpy(values if has_minimum else values.view(np.int8)),
         scale=torch.from_numpy(np.ascontiguousarray(factors[..., 0])),
-        minimum=torch.from_numpy(np.ascontiguousarray(factors[..., 1])),
+        minimum=torch.from_numpy(np.ascontiguousarray(factors[..., 1])) if has_minimum else None,
     )

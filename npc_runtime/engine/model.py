@@ -222,7 +222,7 @@ class Decoder:
     ) -> None:
         """Take the weights, fusing q/k/v and gate/up. Raises `StartupError` naming what is missing or misshapen.
 
-        `codes` has the same weights in 4 bits, as far as the base was published so; by tensor name.
+        `codes` has the same weights in 4 or 8 bits, as far as the base was published so; by tensor name.
         """
         self.kernels = kernels
         self.shape = ModelShape.from_config(config)
@@ -238,7 +238,8 @@ class Decoder:
         head = "lm_head.weight"
         is_tied = bool(config.tie_word_embeddings)
         self.head = kernels.Linear(
-            self.embedding if is_tied else weights.take(head, self.shape.vocab, self.shape.hidden)
+            self.embedding if is_tied else weights.take(head, self.shape.vocab, self.shape.hidden),
+            codes=weights.codes("model.embed_tokens.weight" if is_tied else head),
         )
         weights.check_empty(ignored=head if is_tied else None)
         self._cos, self._sin = _rope_tables(config, self.shape, self.embedding.device)
@@ -305,10 +306,11 @@ class _Weights:
         parts = [self._codes[name] for name in names if name in self._codes]
         if len(parts) != len(names):
             return None
+        minima = [part.minimum for part in parts if part.minimum is not None]
         return Codes(
             values=torch.cat([part.values for part in parts]),
             scale=torch.cat([part.scale for part in parts]),
-            minimum=torch.cat([part.minimum for part in parts]),
+            minimum=torch.cat(minima) if minima else None,
         )
 
     def check_empty(self, *, ignored: str | None) -> None:
