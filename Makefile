@@ -7,13 +7,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check bench generate clean
+.PHONY: demo test test-avx2 check bench generate clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/npc-runtime demo
 
 test: $(VENV)/.dev
 	@$(BIN)/python -P -m pytest
+
+# What depends on the processor once more, computed as on one without AVX-512, which is what most laptops have.
+test-avx2: export ONEDNN_MAX_CPU_ISA := AVX2
+test-avx2: export ATEN_CPU_CAPABILITY := avx2
+test-avx2: export NUMBA_CPU_NAME := haswell
+test-avx2: export NUMBA_CPU_FEATURES := +avx,+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt,+sse4.2
+test-avx2: $(VENV)/.dev
+	@$(BIN)/python -P -m pytest -q tests/test_kernels.py tests/test_exact.py tests/test_model.py tests/test_parity.py
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff format --check .

@@ -3,8 +3,8 @@
     .venv/bin/python -P benchmarks/engine.py [--dtype float32] [--rows 1 8 32]
 
 SmolLM2-135M, a prompt of 43 tokens, 100 new tokens, adapters of rank 16 on all seven linears (random: the
-arithmetic does not depend on the values). The reference kernels and the fast CPU path, with and without adapters,
-take turns in every round; medians. Prints the machine, a table, and one JSON line last.
+arithmetic does not depend on the values). The three CPU paths (torch's operators alone, deterministic, fastest), with
+and without adapters, take turns in every round; medians. Prints the machine, a table, and one JSON line last.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from npc_kernels import cpu, cpu_fused
+from npc_kernels import cpu, cpu_exact, cpu_fused
 
 from npc_runtime.daemon import LoadedBase, load_base, make_store
 from npc_runtime.engine.adapters import AdapterStore
@@ -36,7 +36,7 @@ def main() -> None:
         kernels.__name__.removeprefix("npc_kernels."): load_base(
             "smollm2-135m", options.dtype, lambda label, fraction: None, kernels=kernels
         )
-        for kernels in (cpu, cpu_fused)
+        for kernels in (cpu, cpu_exact, cpu_fused)
     }
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {bases['cpu'].backend}"
     print(f"{machine}, load {os.getloadavg()[0]:.1f}; tokens/s of all NPCs together")

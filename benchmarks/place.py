@@ -12,8 +12,13 @@ from processes import physical_cores
 __all__ = ["AVX2", "ROOT", "Place", "describe_machine"]
 
 ROOT = Path(__file__).resolve().parent.parent
-AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-"""Makes torch compute as on a processor without AVX-512, which is what most laptops have."""
+AVX2 = {
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "NUMBA_CPU_NAME": "haswell",
+    "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt,+sse4.2",
+}
+"""Makes torch and numba compute as on a processor without AVX-512, which is what most laptops have."""
 
 MODEL_NAME = "model name"
 NOTED_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")

@@ -290,15 +290,23 @@ def main() -> None:
     try:
         app()
     except NpcError as error:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+            sys.exit(0)  # asked to stop: a library (safetensors) may turn the SystemExit into an error of its own
         typer.echo(f"npc-runtime: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def _stop(*_: object) -> None:
+    """Leave through all `finally`s, so that what is half done is cleaned up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(0)
+
+
 def _prepare_process() -> None:
     """Keep the libraries quiet and offline (models come from folders, not from a hub), and stdout in UTF-8."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that what is half done is cleaned up
+    signal.signal(signal.SIGTERM, _stop)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -62,9 +62,9 @@ class Settings:
     port: int
     dtype: DTypeName
     threads: int | None
-    deterministic: bool
     needs_token: bool
     project: str | None
+    deterministic: bool = False
     adapter_mib: int | None = None  # None: `EngineConfig`'s
     kv_mib: int | None = None  # None: `EngineConfig`'s, but at most MAX_DEFAULT_KV_BYTES
 
