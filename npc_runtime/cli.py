@@ -289,9 +289,11 @@ def main() -> None:
     """Run the command line; known errors become one line and exit status 1."""
     try:
         app()
-    except NpcError as error:
+    except Exception as error:
         if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
-            sys.exit(0)  # asked to stop: a library (safetensors) may turn the SystemExit into an error of its own
+            sys.exit(0)  # asked to stop: native code (safetensors) may turn the SystemExit into an error of its own
+        if not isinstance(error, NpcError):
+            raise
         typer.echo(f"npc-runtime: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -111,7 +111,7 @@ def test_a_signal_during_loading_is_quiet(make_persona, tmp_path):
         assert any("loading smollm2-135m" in line for line in said)
         process.terminate()
         out, err = process.communicate(timeout=2_000 * MS)
-    assert process.returncode == 0
+    assert process.returncode == 0, err
     assert out == ""
     assert "Traceback" not in err
 
