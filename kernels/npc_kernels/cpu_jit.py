@@ -75,7 +75,8 @@ def run(kernel: Any, work: Work, num_items: int, dtype: torch.dtype) -> None:
     """Run a kernel over so many items on torch's threads."""
     counter = ctypes.c_int64()
     work.counter, work.num_items = ctypes.addressof(counter), num_items
-    num_threads = min(torch.get_num_threads(), num_items)
+    # All or one: GNU's OpenMP ends the threads that a smaller team leaves out, and must start them again.
+    num_threads = torch.get_num_threads() if num_items > 1 else 1
     run_on_all_threads(compiled(kernel, dtype), ctypes.addressof(work), num_threads)
 
 
