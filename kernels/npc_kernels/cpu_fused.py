@@ -91,7 +91,8 @@ class Plan:
 
     def finish(self, kernel: Any, out: Tensor, x: Tensor, span: LoraSpan, result: Tensor) -> Tensor:
         """Run a kernel that takes what a linear made of x, over all tiles."""
-        assert out.is_contiguous() and x.is_contiguous()
+        assert out.is_contiguous()
+        assert x.is_contiguous()
         work = self.work
         work.out, work.width = out.data_ptr(), out.shape[1]
         work.x, work.in_features = x.data_ptr(), x.shape[1]
