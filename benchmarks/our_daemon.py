@@ -104,6 +104,8 @@ class Daemon:
             self.group.resume()
             self._runner.run(self._client.close())
             self._client = None
+        self._runner.close()
+        self._runner = asyncio.Runner()  # makes a loop when it is first used
         if self.group is not None:
             self.group.close()
             self.group = None
