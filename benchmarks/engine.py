@@ -19,7 +19,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from npc_kernels import cpu, cpu_exact, cpu_fused
+from npc_kernels import cpu, cpu_exact
 
 from npc_runtime.daemon import LoadedBase, load_base, make_store
 from npc_runtime.engine.adapters import AdapterStore
@@ -36,7 +36,7 @@ def main() -> None:
         kernels.__name__.removeprefix("npc_kernels."): load_base(
             "smollm2-135m", options.dtype, lambda label, fraction: None, kernels=kernels
         )
-        for kernels in (cpu, cpu_exact, cpu_fused)
+        for kernels in (cpu, cpu_exact)
     }
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, {bases['cpu'].backend}"
     print(f"{machine}, load {os.getloadavg()[0]:.1f}; tokens/s of all NPCs together")

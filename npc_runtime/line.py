@@ -1,8 +1,8 @@
 """One line of dialogue: what was asked, resolved against its persona, and what is said about it on the wire."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from npc_runtime import protocol as wire
 from npc_runtime.errors import InvalidError, WireError
@@ -11,7 +11,15 @@ from npc_runtime.persona import Message, Persona, Sampling
 if TYPE_CHECKING:
     from npc_runtime.engine.core import Ended, Started
 
-__all__ = ["Job", "Line", "chat_messages", "error_info", "line_end", "line_start", "resolve_sampling"]
+__all__ = ["Job", "Line", "Renderer", "chat_messages", "error_info", "line_end", "line_start", "resolve_sampling"]
+
+
+class Renderer(Protocol):
+    """Turns chat messages into the base's token ids."""
+
+    def __call__(self, messages: Sequence[Message], /) -> tuple[int, ...]:
+        """Render up to where the reply begins."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,21 +24,12 @@ from websockets.typing import Subprotocol
 
 from npc_runtime import codec
 from npc_runtime import protocol as wire
+from npc_runtime.effects import Close, Effect, Send, SendStatus, Stop, Submit
 from npc_runtime.engine.core import Ended, EngineStats, Request, SamplingParams, Spoken, Started, StepOutput
 from npc_runtime.engine.engine import Engine
-from npc_runtime.line import Job
+from npc_runtime.line import Job, Renderer
 from npc_runtime.persona import Library
-from npc_runtime.session import (
-    Close,
-    DaemonInfo,
-    Effect,
-    Renderer,
-    Send,
-    SendStatus,
-    Session,
-    Stop,
-    Submit,
-)
+from npc_runtime.session import DaemonInfo, Session
 
 __all__ = ["NpcServer"]
 

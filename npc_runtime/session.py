@@ -7,12 +7,13 @@ import hashlib
 import hmac
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from npc_runtime import codec
 from npc_runtime import protocol as wire
+from npc_runtime.effects import Close, Effect, Send, SendStatus, Stop, Submit
 from npc_runtime.errors import (
     ContextOverflow,
     InternalError,
@@ -22,36 +23,18 @@ from npc_runtime.errors import (
     UnsupportedError,
     WireError,
 )
-from npc_runtime.line import Job, Line, chat_messages, error_info, line_end, line_start, resolve_sampling
-from npc_runtime.persona import Library, Message
+from npc_runtime.line import Job, Line, Renderer, chat_messages, error_info, line_end, line_start, resolve_sampling
+from npc_runtime.persona import Library
 from npc_runtime.warmup import Warmup, warmup_job
 
 if TYPE_CHECKING:
     from npc_runtime.engine.core import Ended, Spoken, Started
 
-__all__ = [
-    "Close",
-    "DaemonInfo",
-    "Effect",
-    "Renderer",
-    "Send",
-    "SendStatus",
-    "Session",
-    "Stop",
-    "Submit",
-]
+__all__ = ["DaemonInfo", "Session"]
 
 logger = logging.getLogger(__name__)
 
 MAX_CLOSE_REASON = 120  # bytes; a close frame has room for 123
-
-
-class Renderer(Protocol):
-    """Turns chat messages into the base's token ids."""
-
-    def __call__(self, messages: Sequence[Message], /) -> tuple[int, ...]:
-        """Render up to where the reply begins."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,45 +46,6 @@ class DaemonInfo:
     backend: str
     base: wire.BaseModelInfo
     token: str | None  # None: --no-auth
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send a message."""
-
-    message: wire.ServerMessage
-
-
-@dataclass(frozen=True, slots=True)
-class SendStatus:
-    """Ask the server for the daemon's state and hand it to `Session.reply`."""
-
-    re: wire.Id | None
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    """Give these lines to the engine, together."""
-
-    jobs: tuple[Job, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Cancel these requests in the engine."""
-
-    request_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Close:
-    """Close the connection, after everything before it was sent."""
-
-    code: int
-    reason: str
-
-
-Effect = Send | SendStatus | Submit | Stop | Close
 
 
 @dataclass(slots=True)

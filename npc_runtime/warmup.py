@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from npc_runtime import protocol as wire
 from npc_runtime.errors import OverloadError, WireError
-from npc_runtime.line import Job, resolve_sampling
+from npc_runtime.line import Job, Renderer, resolve_sampling
 from npc_runtime.persona import Persona
 
 if TYPE_CHECKING:
     from npc_runtime.engine.core import Ended
-    from npc_runtime.session import Renderer
 
 __all__ = ["Warmup", "warmup_job"]
 

@@ -92,15 +92,13 @@ def test_the_pool_is_no_larger_than_needed(make):
     assert store.pool.shape[0] == 2
 
 
-def test_another_one_is_loaded_by_the_loader_and_changes_the_version(make, folders, shape, monkeypatch):
+def test_another_one_is_loaded_by_the_loader(make, folders, shape, monkeypatch):
     store = make(max_host_bytes=0)
     reads = count_reads(store, monkeypatch)
     store.open()
-    before = store.version
     line, outcome = ask(store, "b")
     assert outcome is Admission.LOADING
     assert settle(store) == []
-    assert store.version != before
     assert store.admit(line) is Admission.ADMITTED
     assert torch.equal(store.pool[store.pages_of("b")], read(folders["b"], shape).pages)
     assert reads == [("b", "adapter loader")]

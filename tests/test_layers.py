@@ -15,14 +15,14 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "npc_kernels.batch",
     "npc_kernels.reference",
-    "npc_kernels.cpu",
+    "npc_kernels.cpu_gemm",
     "npc_kernels.openmp",
     "npc_kernels.cpu_jit",
     "npc_kernels.cpu_rows",
     "npc_kernels.cpu_attend",
     "npc_kernels.cpu_codes",
     "npc_kernels.cpu_draw",
-    "npc_kernels.cpu_fused",
+    "npc_kernels.cpu",
     "npc_kernels.cpu_exact",
     "npc_runtime",
     "npc_runtime.errors",
@@ -31,6 +31,7 @@ LAYERS = [
     "npc_runtime.codec",
     "npc_runtime.line",
     "npc_runtime.warmup",
+    "npc_runtime.effects",
     "npc_runtime.session",
     "npc_runtime.discovery",
     "npc_runtime.engine",
@@ -64,14 +65,18 @@ LAYERS = [
 
 ENGINE_MAY_IMPORT = {"torch", "triton", "transformers", "tokenizers", "numpy", "safetensors", "npc_kernels"}
 
-# Compiled by numba where there is one; `choose_kernels` alone imports them, inside a function.
-COMPILED = [f"npc_kernels.cpu_{name}" for name in ("jit", "rows", "attend", "codes", "draw", "fused", "exact")]
+# Need numba, which the GPU path does without; `choose_kernels` alone imports them, inside a function.
+COMPILED = [
+    "npc_kernels.cpu",
+    *(f"npc_kernels.cpu_{name}" for name in ("jit", "rows", "attend", "codes", "draw", "exact")),
+]
 
 WITHOUT_TORCH = [
     "npc_runtime.protocol",
     "npc_runtime.codec",
     "npc_runtime.line",
     "npc_runtime.warmup",
+    "npc_runtime.effects",
     "npc_runtime.persona",
     "npc_runtime.session",
     "npc_runtime.discovery",

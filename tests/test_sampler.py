@@ -5,8 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from npc_kernels import cpu, cpu_fused, reference
-from npc_kernels.cpu import NUM_CANDIDATES
+from npc_kernels import cpu, reference
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from npc_runtime.engine import sampler
@@ -18,7 +17,7 @@ LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, 0.0, 1.0, -3.0, 0.7])
 NUM_DRAWS = 4_000
 
 
-@pytest.fixture(params=[reference, cpu, cpu_fused], ids=["reference", "cpu", "fused"])
+@pytest.fixture(params=[reference, cpu], ids=["reference", "cpu"])
 def sample(request):
     """`sample` with each module's draw."""
     return functools.partial(sampler.sample, draw=request.param.draw)
@@ -114,12 +113,12 @@ def test_draws_follow_the_distribution(settings, sample):
         {},
         {"top_k": 1_500},
         {"top_p": 0.5},
-        {"top_k": NUM_CANDIDATES, "top_p": 0.5},
+        {"top_k": 256, "top_p": 0.5},
         {"top_k": 2_000, "top_p": 0.3},
     ],
     ids=str,
 )
-def test_a_flat_distribution_reaches_beyond_the_candidates(settings, sample):
+def test_a_flat_distribution_reaches_far(settings, sample):
     """The tokens that can be drawn, by walking the whole distribution; close logits, but no two alike."""
     logits = torch.linspace(0.0, 0.5, 3_000)
     rows = [make_row(seed, **settings) for seed in range(NUM_DRAWS)]
@@ -228,6 +227,5 @@ def test_all_modules_draw_the_same_tokens(settings, step):
     logits = 3 * torch.randn(200, 3_000)
     logits = logits if step is None else (logits / step).round() * step
     rows = [make_row(seed, **settings) for seed in range(200)]
-    chosen = [sampler.sample(logits.clone(), rows, NO_EOS, draw=m.draw) for m in (reference, cpu, cpu_fused)]
-    for other in chosen[1:]:
-        assert sum(a != b for a, b in zip(chosen[0], other, strict=True)) <= 2
+    chosen = [sampler.sample(logits.clone(), rows, NO_EOS, draw=m.draw) for m in (reference, cpu)]
+    assert sum(a != b for a, b in zip(*chosen, strict=True)) <= 2

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from npc_runtime import codec
 from npc_runtime import protocol as wire
+from npc_runtime.effects import Close, Send, SendStatus, Stop, Submit
 from npc_runtime.engine.core import Ended, EndReason, Spoken, Started
 from npc_runtime.errors import AdapterMissing, InternalError, OverloadError
 from npc_runtime.persona import Library, Persona
-from npc_runtime.session import Close, DaemonInfo, Send, SendStatus, Session, Stop, Submit
+from npc_runtime.session import DaemonInfo, Session
 
 CONTEXT = 10_000
 FALLBACK = {"timeout": ["Hm.", "Wait."], "busy": ["Not now."]}

@@ -3,9 +3,9 @@
 import pytest
 from test_session import BROM, Game, make_persona, messages_of
 
+from npc_runtime.effects import Stop, Submit
 from npc_runtime.engine.core import Ended, EndReason
 from npc_runtime.errors import AdapterIncompatible, OverloadError
-from npc_runtime.session import Stop, Submit
 
 ODO = make_persona("odo")
 

@@ -71,7 +71,6 @@ class LoraBatch:
     """The adapter pages that this step uses, and which tokens use them."""
 
     pool: Tensor  # (num_pages, page_elements): all pages of the adapter store
-    version: int  # changes whenever a page of the pool does
     live: tuple[int, ...]  # the pages that some row of the step uses, ascending
     mask: Tensor  # (num_tokens, num_live), bool: the token's adapter owns the page
 

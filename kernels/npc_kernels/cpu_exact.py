@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from npc_kernels import cpu
 from npc_kernels.batch import BatchMetadata, Codes
-from npc_kernels.cpu_fused import (
+from npc_kernels.cpu import (
     Plan,
     begin,
     draw,
@@ -22,6 +21,7 @@ from npc_kernels.cpu_fused import (
     paged_attention,
     prepare,
 )
+from npc_kernels.cpu_gemm import PackedLinear
 
 __all__ = [
     "ROWS",
@@ -44,7 +44,7 @@ class Linear:
     """A base linear for blocks of `ROWS` rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, codes: Codes | None = None) -> None:
-        self._dense = cpu.Linear(weight, bias)
+        self._dense = PackedLinear(weight, bias)
 
     def __call__(
         self,

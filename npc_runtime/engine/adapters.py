@@ -62,7 +62,6 @@ class AdapterStore:
         self._loader: threading.Thread | None = None
         self._closing = False
         self.on_loaded: Callable[[], None] = lambda: None  # called on the loader thread: `collect` has news
-        self.version = 0  # changes whenever a page of the pool does
 
     @property
     def pool(self) -> Tensor:
@@ -96,7 +95,6 @@ class AdapterStore:
             if numbers:
                 self._write(name, numbers)
                 pages.loaded(name)
-        self.version += 1
 
     def digest_of(self, name: str) -> str:
         """What identifies the adapter's content, for caches."""
@@ -125,7 +123,6 @@ class AdapterStore:
             name, error = self._outcomes.get()
             if error is None:
                 self._made[0].loaded(name)
-                self.version += 1
             else:
                 failed.append(FailedLoad(name, self._made[0].failed(name), error))
         return failed

@@ -4,13 +4,12 @@ Holds the base weights and computes logits for one step of many rows. It does no
 adapter pages come from; `BatchMetadata` says which to use.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from npc_kernels import cpu, reference
+from npc_kernels import reference
 from npc_kernels.batch import BatchMetadata, Codes, LoraSpan
 from npc_kernels.reference import HeadNorms, Settings
 from torch import Tensor
@@ -18,8 +17,6 @@ from torch import Tensor
 from npc_runtime.errors import StartupError
 
 __all__ = ["Decoder", "Kernels", "KvCache", "ModelShape", "PageLayout", "choose_kernels"]
-
-logger = logging.getLogger(__name__)
 
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 """RoPE variants whose frequencies do not depend on the length of the text."""
@@ -136,19 +133,16 @@ def choose_kernels(device: torch.device, *, deterministic: bool = False) -> Kern
 
     Raises `StartupError` where the latter are not to be had.
     """
-    try:
-        if device.type == "cpu":
-            from npc_kernels import cpu_exact, cpu_fused
+    if device.type == "cpu":
+        from npc_kernels import cpu, cpu_exact  # numba: not for machines that compute on a GPU
 
-            return cpu_exact if deterministic else cpu_fused
-    except ImportError as error:  # numba has no build for every Python and processor
-        logger.info("the compiled CPU kernels cannot be used (%s); computing with torch's own operators", error)
+        return cpu_exact if deterministic else cpu
     if deterministic:
         raise StartupError(
-            f"--deterministic needs the compiled CPU kernels, which there are not for {device.type} here.",
-            "Leave it out, or install numba on a machine without an NVIDIA card.",
+            f"--deterministic is served on the CPU only, and this daemon computes on {device.type}.",
+            "Leave it out, or hide the GPU from it: CUDA_VISIBLE_DEVICES=-1.",
         )
-    return cpu if device.type == "cpu" else reference
+    return reference
 
 
 @dataclass(frozen=True, slots=True)

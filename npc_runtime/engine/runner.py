@@ -77,7 +77,6 @@ class Runner:
         lengths = self._tensor([row.num_tokens for row in rows])
         return LoraBatch(
             pool=self._adapters.pool,
-            version=self._adapters.version,
             live=tuple(live),
             mask=torch.tensor(mask, device=self._decoder.device).repeat_interleave(lengths, dim=0),
         )
