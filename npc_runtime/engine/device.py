@@ -63,9 +63,13 @@ def explain_unused_gpu() -> str | None:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    """Ask torch's private probes; a build for another processor may not have them."""
+    """Ask torch's private probes; a build for another processor may not have them.
+
+    The processor must have the instructions and oneDNN, which may be told to do without (ONEDNN_MAX_CPU_ISA), use them.
+    """
     try:
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        has_them = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(has_them and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError):
         return False
 
