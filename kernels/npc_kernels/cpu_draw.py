@@ -9,7 +9,7 @@ from numba import njit
 from torch import Tensor
 
 from npc_kernels.cpu_jit import F32, FAST, Work, array, as_float, exp, next_item, run, work_of
-from npc_kernels.reference import MIN_TEMPERATURE, Settings
+from npc_kernels.reference import MIN_TEMPERATURE, Settings, forbid
 
 __all__ = ["draw", "draw_rows"]
 
@@ -17,8 +17,10 @@ __all__ = ["draw", "draw_rows"]
 def draw(
     logits: Tensor,  # (num_rows, vocab) float32, overwritten
     settings: Settings,
+    bitmask: Tensor | None = None,  # (num_rows, ceil(vocab / 32)) int32
 ) -> Tensor:  # (num_rows,) int64
     """As the twin."""
+    logits = logits if bitmask is None else forbid(logits, bitmask)
     logits, table = logits.contiguous(), torch.stack(list(settings), dim=1)
     tokens = torch.empty(len(logits), dtype=torch.long)
     work = Work(hidden=logits.data_ptr(), x=table.data_ptr(), result=tokens.data_ptr(), width=logits.shape[1])
@@ -79,9 +81,18 @@ def _pick(weights: Any, draw: Any) -> Any:
     return last
 
 
+@njit
+def _uniform(seed: Any, position: Any) -> Any:
+    """As the twin's `uniform`."""
+    z = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(position + 1) * np.uint64(0xD1B54A32D192ED03)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.float64((z ^ (z >> np.uint64(31))) >> np.uint64(11)) / np.float64(1 << 53)
+
+
 @njit(fastmath=FAST)
 def _draw_row(logits: Any, settings: Any) -> Any:
-    temperature, top_k, top_p, min_p, draw = settings
+    temperature, top_k, top_p, min_p, seed, position = settings
     best, check = logits[0], F32(0)
     for i in range(logits.shape[0]):
         best = max(best, logits[i])
@@ -102,17 +113,17 @@ def _draw_row(logits: Any, settings: Any) -> Any:
         _cut(logits, F32(top_p) * _sum_from(logits, F32(0), False), False)
     for i in range(logits.shape[0]):
         logits[i] = logits[i] if logits[i] >= F32(min_p) else F32(0)
-    return _pick(logits, draw)
+    return _pick(logits, _uniform(seed, position))
 
 
 def draw_rows(work: Any) -> None:
-    """`result[row]` = the token drawn from `hidden[row]`, which is overwritten; settings of five float64 in `x`."""
+    """`result[row]` = the token drawn from `hidden[row]`, which is overwritten; settings of six float64 in `x`."""
     w = work_of(work)
     logits = array(w.hidden, (w.num_items, w.width), F32(0))
-    settings = array(w.x, (w.num_items, 5), 0.0)
+    settings = array(w.x, (w.num_items, 6), 0.0)
     result = array(w.result, (w.num_items,), 0)
     item = next_item(w)
     while item < w.num_items:
         row = settings[item]
-        result[item] = _draw_row(logits[item], (row[0], row[1], row[2], row[3], row[4]))
+        result[item] = _draw_row(logits[item], (row[0], row[1], row[2], row[3], row[4], row[5]))
         item = next_item(w)

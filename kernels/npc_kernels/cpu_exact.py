@@ -18,8 +18,10 @@ from npc_kernels.cpu import (
     finish_gate_up,
     finish_qkv,
     finish_residual,
+    head,
     paged_attention,
     prepare,
+    project,
 )
 from npc_kernels.cpu_gemm import PackedLinear
 
@@ -31,9 +33,11 @@ __all__ = [
     "finish_gate_up",
     "finish_qkv",
     "finish_residual",
+    "head",
     "paged_attention",
     "plan",
     "prepare",
+    "project",
 ]
 
 ROWS = 16

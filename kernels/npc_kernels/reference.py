@@ -2,11 +2,12 @@
 
 Plain torch, any device, any float dtype. A twin may be slow; it may not be clever.
 
-A layer is four base GEMMs, and behind each of them what `finish_qkv`, `paged_attention`, `finish_residual` and
-`finish_gate_up` compute: what the adapters add, and the row-wise work that follows it anyway.
+A layer is four times `project`, the base GEMM, and behind each of them what `finish_qkv`, `paged_attention`,
+`finish_residual` and `finish_gate_up` compute: what the adapters add, and the row-wise work that follows it anyway.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "Linear",
     "Plan",
     "PlannedRow",
+    "Product",
     "Settings",
     "apply_rope",
     "attend_row",
@@ -29,6 +31,8 @@ __all__ = [
     "finish_gate_up",
     "finish_qkv",
     "finish_residual",
+    "forbid",
+    "head",
     "lora_expand",
     "lora_shrink",
     "paged_attention",
@@ -36,8 +40,10 @@ __all__ = [
     "plan",
     "plan_rows",
     "prepare",
+    "project",
     "rms_norm",
     "silu_mul",
+    "uniform",
     "write_kv",
 ]
 
@@ -47,7 +53,7 @@ MIN_TEMPERATURE = 1e-4
 
 
 class Linear:
-    """`x @ weight.T + bias`: the one base GEMM that all rows of a step share."""
+    """A base linear: the one GEMM that all rows of a step share."""
 
     def __init__(
         self,
@@ -58,12 +64,13 @@ class Linear:
         self.weight = weight
         self.bias = bias
 
-    def __call__(
-        self,
-        x: Tensor,  # (num_tokens, in_features)
-    ) -> Tensor:  # (num_tokens, out_features)
-        """Apply it."""
-        return F.linear(x, self.weight, self.bias)
+
+class Product(NamedTuple):
+    """What a linear made of x, on its way to what finishes it: adapters and bias are still to come."""
+
+    out: Tensor  # (num_tokens, out_features)
+    x: Tensor  # (num_tokens, in_features)
+    bias: Tensor | None  # (out_features,)
 
 
 class HeadNorms(NamedTuple):
@@ -94,6 +101,7 @@ class Plan(NamedTuple):
     cos: Tensor  # (num_tokens, head_dim / 2) float32
     sin: Tensor  # (num_tokens, head_dim / 2) float32
     rows: tuple[PlannedRow, ...]
+    lora_mask: Tensor | None  # (num_tokens, num_live) bool
 
 
 def plan(
@@ -103,7 +111,8 @@ def plan(
     previous: Any = None,  # the plan of the step before
 ) -> Plan:
     """Prepare a step."""
-    return Plan(batch, cos[batch.positions], sin[batch.positions], tuple(plan_rows(batch, first=0)))
+    mask = None if batch.lora is None else batch.lora.mask(batch.row_starts)
+    return Plan(batch, cos[batch.positions], sin[batch.positions], tuple(plan_rows(batch, first=0)), mask)
 
 
 def plan_rows(batch: BatchMetadata, *, first: int) -> Iterator[PlannedRow]:
@@ -186,6 +195,7 @@ def silu_mul(
 def lora_shrink(
     x: Tensor,  # (num_tokens, in_features)
     lora: LoraBatch,
+    mask: Tensor,  # (num_tokens, num_live) bool: the token's adapter owns the page
     span: LoraSpan,
 ) -> Tensor:  # (num_tokens, num_live, num_slices, 16)
     """`A x` of every live page for every token, zero where the token's adapter does not own the page.
@@ -194,7 +204,7 @@ def lora_shrink(
     """
     a = lora.pool[list(lora.live), span.start : span.b_start].reshape(-1, span.in_features)
     shrunk = (x @ a.T).view(-1, len(lora.live), span.num_slices, PAGE_RANK)
-    return shrunk.masked_fill(~lora.mask[:, :, None, None], 0)
+    return shrunk.masked_fill(~mask[:, :, None, None], 0)
 
 
 def lora_expand(
@@ -221,9 +231,28 @@ def begin(
     return rms_norm(hidden, weight, eps)
 
 
-def finish_qkv(
-    qkv: Tensor,  # (num_tokens, (num_heads + 2 * num_kv_heads) * head_dim): what the linear made of x
+def project(
+    linear: Linear,
+    x: Tensor,  # (num_tokens, in_features)
+    plan: Plan,
+    span: LoraSpan,
+) -> Product:
+    """`x @ weight.T`, all rows at once."""
+    return Product(F.linear(x, linear.weight), x, linear.bias)
+
+
+def head(
+    linear: Linear,
     x: Tensor,  # (num_tokens, hidden)
+    tokens: Tensor,  # (num_rows,) int64
+    plan: Plan,
+) -> Tensor:  # (num_rows, vocab) float32
+    """`x @ weight.T + bias` of some tokens: their logits."""
+    return F.linear(x[tokens], linear.weight, linear.bias).float()
+
+
+def finish_qkv(
+    product: Product,  # of (num_heads + 2 * num_kv_heads) * head_dim
     k_cache: Tensor,  # (num_blocks, block_size, num_kv_heads, head_dim), written
     v_cache: Tensor,  # like k_cache, written
     plan: Plan,
@@ -233,7 +262,7 @@ def finish_qkv(
     rotates: bool,
 ) -> Tensor:  # (num_tokens, num_heads, head_dim)
     """Adapters, head norms, RoPE; stores keys and values, returns the queries."""
-    _add_adapters(qkv, x, plan.batch, span)
+    qkv = _finish_linear(product, plan, span)
     num_kv_heads, head_dim = k_cache.shape[-2:]
     heads = qkv.view(len(qkv), -1, head_dim)
     q, k, v = heads[:, : -2 * num_kv_heads], heads[:, -2 * num_kv_heads : -num_kv_heads], heads[:, -num_kv_heads:]
@@ -246,8 +275,7 @@ def finish_qkv(
 
 
 def finish_residual(
-    out: Tensor,  # (num_tokens, hidden): what the linear made of x
-    x: Tensor,  # (num_tokens, in_features)
+    product: Product,  # of hidden
     hidden: Tensor,  # (num_tokens, hidden) float32, added to
     plan: Plan,
     span: LoraSpan,
@@ -255,20 +283,17 @@ def finish_residual(
     eps: float,
 ) -> Tensor:  # (num_tokens, hidden)
     """Adapters, the residual stream, and the norm before the next linear."""
-    _add_adapters(out, x, plan.batch, span)
-    hidden += out
+    hidden += _finish_linear(product, plan, span)
     return rms_norm(hidden, weight, eps)
 
 
 def finish_gate_up(
-    gate_up: Tensor,  # (num_tokens, 2 * intermediate): what the linear made of x
-    x: Tensor,  # (num_tokens, hidden)
+    product: Product,  # of 2 * intermediate
     plan: Plan,
     span: LoraSpan,
 ) -> Tensor:  # (num_tokens, intermediate)
     """Adapters, then SwiGLU."""
-    _add_adapters(gate_up, x, plan.batch, span)
-    return silu_mul(gate_up)
+    return silu_mul(_finish_linear(product, plan, span))
 
 
 class Settings(NamedTuple):
@@ -278,18 +303,54 @@ class Settings(NamedTuple):
     top_k: Tensor  # the vocabulary's size or more: off
     top_p: Tensor
     min_p: Tensor
-    draws: Tensor  # in [0, 1)
+    seed: Tensor  # whole numbers, 0 to 2**53 - 1
+    position: Tensor  # of the token in its line
+
+
+def uniform(
+    seed: Tensor,  # (num_rows,) float64
+    position: Tensor,  # (num_rows,) float64
+) -> Tensor:  # (num_rows,) float64 in [0, 1)
+    """A number that depends on (seed, position) alone: SplitMix64 (Steele et al. 2014), 53 bits.
+
+    Counter-based, so that a line replays the same whoever shares its batch. int64 wraps as uint64 does.
+    """
+    z = seed.long() * _as_int64(0x9E3779B97F4A7C15) + (position.long() + 1) * _as_int64(0xD1B54A32D192ED03)
+    z = (z ^ _shift(z, 30)) * _as_int64(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _as_int64(0x94D049BB133111EB)
+    return _shift(z ^ _shift(z, 31), 11).double() / (1 << 53)
+
+
+def _as_int64(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Shift to the right without the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def forbid(
+    logits: Tensor,  # (num_rows, vocab)
+    bitmask: Tensor,  # (num_rows, ceil(vocab / 32)) int32: bit `i % 32` of word `i // 32` allows token `i`
+) -> Tensor:
+    """The logits, minus infinity where the mask forbids a token."""
+    bits = (bitmask[:, :, None] >> torch.arange(32, device=logits.device)) & 1
+    return logits.masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
 
 
 def draw(
     logits: Tensor,  # (num_rows, vocab) float32, may be overwritten
     settings: Settings,
+    bitmask: Tensor | None = None,  # (num_rows, ceil(vocab / 32)) int32, see `forbid`
 ) -> Tensor:  # (num_rows,) int64, -1 where the best logit is not finite or any is NaN
     """Draw from softmax(logits / temperature): of the first k, the fewest that reach p; of those, all above min-p.
 
     Of equal logits the token with the lower number is the larger. The draw walks the kept tokens by their number.
     """
-    temperature, top_k, top_p, min_p, draws = (values.to(torch.float32)[:, None] for values in settings)
+    logits = logits if bitmask is None else forbid(logits, bitmask)
+    temperature, top_k, top_p, min_p, *_ = (values.to(torch.float32)[:, None] for values in settings)
+    draws = uniform(settings.seed, settings.position).to(torch.float32)[:, None]
     best = logits.max(dim=-1)
     values, tokens = (logits / temperature.clamp(min=MIN_TEMPERATURE)).sort(dim=-1, descending=True, stable=True)
     probabilities = values.softmax(dim=-1)
@@ -315,6 +376,20 @@ def pick(
     return index.minimum(last)
 
 
-def _add_adapters(out: Tensor, x: Tensor, batch: BatchMetadata, span: LoraSpan) -> None:
-    if batch.lora is not None:
-        lora_expand(lora_shrink(x, batch.lora, span), batch.lora, span, out)
+def _finish_linear(product: Product, plan: Plan, span: LoraSpan) -> Tensor:
+    """`(x @ weight.T + B A x) * multiplier + bias`, of every token with its own adapter."""
+    out, lora = product.out, plan.batch.lora
+    if lora is not None and plan.lora_mask is not None:
+        lora_expand(lora_shrink(product.x, lora, plan.lora_mask, span), lora, span, out)
+        if lora.multipliers is not None:
+            _multiply(out, lora, plan.batch.row_starts, span)
+    return out if product.bias is None else out + product.bias
+
+
+def _multiply(out: Tensor, lora: LoraBatch, row_starts: tuple[int, ...], span: LoraSpan) -> None:
+    """DoRA: scale every output of a row by its adapter's factor."""
+    assert lora.multipliers is not None
+    for pages, (start, stop) in zip(lora.pages, pairwise(row_starts), strict=True):
+        if pages:
+            factors = lora.multipliers[pages[0], span.first_output :][: out.shape[1]]
+            out[start:stop] = (out[start:stop].float() * factors).to(out.dtype)

@@ -70,15 +70,12 @@ class ModelShape:
         return self.num_kv_heads * self.head_dim
 
 
-Linear = Callable[[Tensor], Tensor]
-
-
 class Kernels(Protocol):
     """What a module of `npc_kernels` offers; `reference.py` defines what each computes."""
 
     __name__: str
 
-    def Linear(self, weight: Tensor, bias: Tensor | None = None, codes: Codes | None = None) -> Linear:
+    def Linear(self, weight: Tensor, bias: Tensor | None = None, codes: Codes | None = None) -> Any:
         """A base linear; a class in each module."""
         ...
 
@@ -90,14 +87,21 @@ class Kernels(Protocol):
         """Prepare a step; what it returns is `plan` below, and `previous` of the next step."""
         ...
 
-    def begin(self, hidden: Tensor, plan: Any, weight: Tensor, eps: float) -> Tensor:
-        """The norm before the first linear."""
+    def begin(self, hidden: Tensor, plan: Any, weight: Tensor, eps: float) -> Any:
+        """The norm before the first linear: what a linear takes, `x` below."""
+        ...
+
+    def project(self, linear: Any, x: Any, plan: Any, span: LoraSpan) -> Any:
+        """The base GEMM, and what a module likes to do beside it: `product` below."""
+        ...
+
+    def head(self, linear: Any, x: Any, tokens: Tensor, plan: Any) -> Tensor:
+        """The logits of some tokens, float32."""
         ...
 
     def finish_qkv(
         self,
-        qkv: Tensor,
-        x: Tensor,
+        product: Any,
         k_cache: Tensor,
         v_cache: Tensor,
         plan: Any,
@@ -109,21 +113,21 @@ class Kernels(Protocol):
         """Adapters, head norms, RoPE; store keys and values."""
         ...
 
-    def paged_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Any) -> Tensor:
+    def paged_attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: Any) -> Any:
         """Attend each row to its own slots."""
         ...
 
     def finish_residual(
-        self, out: Tensor, x: Tensor, hidden: Tensor, plan: Any, span: LoraSpan, weight: Tensor, eps: float
-    ) -> Tensor:
+        self, product: Any, hidden: Tensor, plan: Any, span: LoraSpan, weight: Tensor, eps: float
+    ) -> Any:
         """Adapters, the residual stream, and the next norm."""
         ...
 
-    def finish_gate_up(self, gate_up: Tensor, x: Tensor, plan: Any, span: LoraSpan) -> Tensor:
+    def finish_gate_up(self, product: Any, plan: Any, span: LoraSpan) -> Any:
         """Adapters, then SwiGLU."""
         ...
 
-    def draw(self, logits: Tensor, settings: Settings) -> Tensor:
+    def draw(self, logits: Tensor, settings: Settings, bitmask: Tensor | None = None) -> Tensor:
         """Sample every row; -1 where the logits are not finite."""
         ...
 
@@ -151,6 +155,7 @@ class PageLayout:
 
     layers: tuple[tuple[LoraSpan, LoraSpan, LoraSpan, LoraSpan], ...]  # qkv, o, gate_up, down
     num_elements: int
+    num_outputs: int
 
     @property
     def spans(self) -> tuple[LoraSpan, ...]:
@@ -166,14 +171,14 @@ class PageLayout:
             (shape.hidden, (shape.intermediate, shape.intermediate)),
             (shape.intermediate, (shape.hidden,)),
         )
-        layers, start = [], 0
+        layers, start, first_output = [], 0, 0
         for _ in range(shape.num_layers):
             spans = []
             for in_features, out_features in groups:
-                spans.append(LoraSpan(start, in_features, out_features))
-                start = spans[-1].stop
+                spans.append(LoraSpan(start, in_features, out_features, first_output))
+                start, first_output = spans[-1].stop, first_output + sum(out_features)
             layers.append((spans[0], spans[1], spans[2], spans[3]))
-        return cls(tuple(layers), start)
+        return cls(tuple(layers), start, first_output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,12 +200,12 @@ class KvCache:
 @dataclass(frozen=True, slots=True)
 class _Layer:
     input_norm: Tensor
-    qkv: Linear
+    qkv: Any  # the kernels' Linear, as all of these
     norms: HeadNorms
-    o: Linear
+    o: Any
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: Any
+    down: Any
     rotates: bool  # SmolLM3 leaves some layers without RoPE
 
 
@@ -265,13 +270,16 @@ class Decoder:
         x = kernels.begin(hidden, plan, self._layers[0].input_norm, eps)
         next_norms = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
         for index, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
-            spans, cache = self.layout.layers[index], (kv.keys[index], kv.values[index])
-            q = kernels.finish_qkv(layer.qkv(x), x, *cache, plan, spans[0], layer.norms, rotates=layer.rotates)
-            x = kernels.paged_attention(q, *cache, plan)
-            x = kernels.finish_residual(layer.o(x), x, hidden, plan, spans[1], layer.mlp_norm, eps)
-            x = kernels.finish_gate_up(layer.gate_up(x), x, plan, spans[2])
-            x = kernels.finish_residual(layer.down(x), x, hidden, plan, spans[3], next_norm, eps)
-        return self.head(x[last_tokens]).float()
+            of_qkv, of_o, of_gate_up, of_down = self.layout.layers[index]
+            cache = kv.keys[index], kv.values[index]
+            product = kernels.project(layer.qkv, x, plan, of_qkv)
+            q = kernels.finish_qkv(product, *cache, plan, of_qkv, layer.norms, rotates=layer.rotates)
+            product = kernels.project(layer.o, kernels.paged_attention(q, *cache, plan), plan, of_o)
+            x = kernels.finish_residual(product, hidden, plan, of_o, layer.mlp_norm, eps)
+            product = kernels.project(layer.gate_up, x, plan, of_gate_up)
+            product = kernels.project(layer.down, kernels.finish_gate_up(product, plan, of_gate_up), plan, of_down)
+            x = kernels.finish_residual(product, hidden, plan, of_down, next_norm, eps)
+        return kernels.head(self.head, x, last_tokens, plan)
 
 
 class _Weights:
@@ -324,7 +332,7 @@ def _take_layer(weights: _Weights, shape: ModelShape, index: int, *, rotates: bo
     prefix = f"model.layers.{index}"
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
 
-    def linear(parent: str, sizes: dict[str, int], in_features: int) -> Linear:
+    def linear(parent: str, sizes: dict[str, int], in_features: int) -> Any:
         """Linears of one input as one."""
         names = [f"{parent}.{name}_proj.weight" for name in sizes]
         parts = [weights.take(name, size, in_features) for name, size in zip(names, sizes.values(), strict=True)]

@@ -63,23 +63,15 @@ class Runner:
             row_starts=(0, *itertools.accumulate(row.num_tokens for row in rows)),
             block_tables=self._tensor(tables),
             block_size=size,
+            max_seen=max(row.stop for row in rows),
             lora=self._describe_adapters(rows),
         )
 
     def _describe_adapters(self, rows: Rows[PlannedRow]) -> LoraBatch | None:
-        """Name the pages this step uses, and mark for every token the ones its adapter owns."""
+        """Name the pages of each row's adapter."""
         names = [row.sequence.request.adapter for row in rows]
-        owned = [set(self._adapters.pages_of(name)) if name is not None else set() for name in names]
-        live = sorted(set().union(*owned))
-        if not live:
-            return None
-        mask = [[page in pages for page in live] for pages in owned]
-        lengths = self._tensor([row.num_tokens for row in rows])
-        return LoraBatch(
-            pool=self._adapters.pool,
-            live=tuple(live),
-            mask=torch.tensor(mask, device=self._decoder.device).repeat_interleave(lengths, dim=0),
-        )
+        pages = tuple(() if name is None else tuple(self._adapters.pages_of(name)) for name in names)
+        return LoraBatch(self._adapters.pool, pages) if any(pages) else None
 
     def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._decoder.device)

@@ -10,23 +10,10 @@ from torch import Tensor
 
 from npc_runtime.engine.core import Sequence
 
-__all__ = ["sample", "uniform"]
+__all__ = ["sample"]
 
 FAR = 1e30
 """Where a penalty next to nothing pushes a logit: beyond all others, and still a number."""
-
-_MASK64 = (1 << 64) - 1
-
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on (seed, position) alone: SplitMix64 (Steele et al. 2014), 53 bits.
-
-    Counter-based, so that a line replays the same whoever shares its batch.
-    """
-    z = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xD1B54A32D192ED03) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return ((z ^ (z >> 31)) >> 11) / (1 << 53)
 
 
 @torch.inference_mode()
@@ -55,7 +42,8 @@ def _settings(sequences: Rows[Sequence], logits: Tensor) -> Settings:
         [p.top_k or logits.shape[1] for p in params],
         [p.top_p for p in params],
         [p.min_p for p in params],
-        [uniform(p.seed, len(s.output_ids)) for p, s in zip(params, sequences, strict=True)],
+        [p.seed for p in params],
+        [len(sequence.output_ids) for sequence in sequences],
     )
     return Settings(*(torch.tensor(column, dtype=torch.float64, device=logits.device) for column in columns))
 
