@@ -1,0 +1,236 @@
+"""What only the GPU kernels have, in Triton's interpreter: segments, pages, planes, codes, DoRA."""
+
+import itertools
+
+import pytest
+import torch
+from npc_kernels import gpu, lora, reference
+from npc_kernels.batch import BatchMetadata, LoraBatch, LoraSpan
+from npc_kernels.gemm import Activations, base_split
+from npc_kernels.gpu_plan import CHUNK, plan, plan_segments, plan_tiles
+from npc_kernels.quant import dequantize, quantize_int4, quantize_int8
+from npc_kernels.reference import HeadNorms
+
+BLOCK_SIZE = 16
+TABLE = torch.zeros(1024, 4)
+
+
+def make_batch(rows, pages=None, pool=None, multipliers=None):
+    """Rows as (start, stop), each in KV blocks of its own."""
+    starts = [0, *itertools.accumulate(stop - start for start, stop in rows)]
+    room = max((-(-stop // BLOCK_SIZE) for _, stop in rows), default=1)
+    tables = torch.arange(len(rows) * room).view(len(rows), room)
+    places = [(row, position) for row, (start, stop) in enumerate(rows) for position in range(start, stop)]
+    slots = [int(tables[row, p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE for row, p in places]
+    return BatchMetadata(
+        positions=torch.tensor([position for _, position in places], dtype=torch.long),
+        kv_slots=torch.tensor(slots, dtype=torch.long),
+        num_decode=sum(stop - start == 1 for start, stop in rows),
+        row_starts=tuple(starts),
+        block_tables=tables,
+        block_size=BLOCK_SIZE,
+        max_seen=max((stop for _, stop in rows), default=0),
+        lora=None if pool is None else LoraBatch(pool, tuple(pages), multipliers),
+    )
+
+
+def decode(num_rows):
+    return [(5, 6)] * num_rows
+
+
+# -- the plan --------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_docstring():
+    batch = make_batch([(5, 6), (0, 3)], [(5,), (2, 7)], torch.zeros(8, 1))
+    planned = plan(batch, TABLE, TABLE)
+    assert planned.tokens.tolist() == [[1, 2, 3, *[-1] * 13], [0, *[-1] * 15]]
+    assert planned.pages.tolist() == [[2, 7, -1, -1], [5, -1, -1, -1]]
+    assert planned.tiles.tolist() == [[0, 0, 1], [1, 1, 3]]
+    assert planned.num_chunks == 1
+
+
+def test_rows_with_the_same_adapter_share_segments():
+    batch = make_batch([*decode(20), (0, 13)], [(3,)] * 17 + [()] * 3 + [(3,)], torch.zeros(8, 1))
+    segments = plan_segments(batch)
+    assert [(len(segment.tokens), segment.pages) for segment in segments] == [(3, ()), (16, (3,)), (14, (3,))]
+    assert sorted(token for segment in segments for token in segment.tokens) == list(range(33))
+
+
+def test_tiles_are_consecutive_tokens_of_one_row():
+    assert plan_tiles(make_batch([(5, 6), (0, 5)]), 2) == [(0, 0, 1), (1, 1, 2), (1, 3, 2), (1, 5, 1)]
+
+
+@pytest.mark.parametrize(("ranks", "room"), [((), 0), ((1,), 1), ((1, 2), 4), ((4,), 4), ((1, 5), 8)])
+def test_a_step_has_room_for_its_longest_adapter(ranks, room):
+    pages = [tuple(range(rank)) for rank in ranks] or [()]
+    batch = make_batch(decode(len(pages)), pages, torch.zeros(9, 1) if ranks else None)
+    assert plan(batch, TABLE, TABLE).max_pages == room
+
+
+# -- adapters --------------------------------------------------------------------------------------------------
+
+PAGES = {
+    "all base": [()] * 5,
+    "one of one page": [(2,), (), (), (), ()],
+    "all distinct": [(0,), (1,), (2,), (3,), (4,)],
+    "rank 8, 16, 24 and 64": [(6,), (0,), (3, 1), (7, 2, 5, 4), ()],
+    "shared, and a page used again": [(3, 1), (3, 1), (1,), (), (1,)],
+}
+ROWS = [(9, 10), (2, 3), (0, 1), (0, 18), (4, 9)]
+SPANS = [LoraSpan(5, 2049, (33,)), LoraSpan(0, 40, (24, 8, 8)), LoraSpan(3, 7, (130, 130))]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("span", SPANS, ids=lambda span: f"{span.in_features}-{span.out_features}")
+@pytest.mark.parametrize("pages", PAGES.values(), ids=PAGES)
+def test_shrink_and_expand_equal_their_twins(pages, span, dtype, tolerance):
+    torch.manual_seed(0)
+    pool = torch.randn(8, span.stop + 3, dtype=dtype) / 8
+    pool[6, span.start :].view(-1)[: 16 * span.in_features].view(16, -1)[8:] = 0  # rank 8: a zero tail
+    batch = make_batch(ROWS, pages, pool)
+    x = torch.randn(len(batch.positions), span.in_features, dtype=dtype) / span.in_features**0.5
+    out = torch.randn(len(batch.positions), sum(span.out_features), dtype=dtype)
+    expected = out.double()
+    if batch.lora.live:
+        wide = LoraBatch(pool.double(), batch.lora.pages)
+        shrunk = reference.lora_shrink(x.double(), wide, wide.mask(batch.row_starts), span)
+        reference.lora_expand(shrunk, wide, span, expected)
+    planned = plan(batch, TABLE, TABLE)
+    lora.expand(lora.shrink(x, planned, span), span, out)
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_rows_read_their_own_pages_only():
+    """Rank 64, rank 16 and no rank in one batch; pages of nobody are NaN, and so is what lies beside the group."""
+    torch.manual_seed(0)
+    span = LoraSpan(4, 48, (20, 12))
+    pool = torch.full((9, span.stop + 6), torch.nan)
+    for page in (1, 2, 4, 7, 8):
+        pool[page, span.start : span.stop] = torch.randn(span.stop - span.start)
+    batch = make_batch(decode(3), [(8, 1, 4, 2), (), (7,)], pool)
+    out = torch.zeros(3, 32)
+    lora.expand(lora.shrink(torch.randn(3, 48), plan(batch, TABLE, TABLE), span), span, out)
+    assert torch.isfinite(out).all()
+    assert not out[1].any()
+    assert (out[[0, 2]] != 0).all()
+
+
+@pytest.mark.parametrize("kernels", [reference, gpu], ids=["reference", "gpu"])
+def test_dora_multiplies_base_and_adapter_but_not_the_bias(kernels):
+    torch.manual_seed(0)
+    span = LoraSpan(2, 24, (40, 16, 16), first_output=11)
+    pool, multipliers = torch.randn(5, span.stop), torch.rand(5, 90) + 0.5
+    pages = [(3, 1), (), (2,)]
+    batch = make_batch([(4, 5), (3, 4), (0, 3)], pages, pool, multipliers)
+    x, base, bias = torch.randn(5, 24), torch.randn(72, 24), torch.randn(72)
+    expected = x.double() @ base.double().T
+    wide = LoraBatch(pool.double(), tuple(pages))
+    reference.lora_expand(
+        reference.lora_shrink(x.double(), wide, wide.mask(batch.row_starts), span), wide, span, expected
+    )
+    expected[0] *= multipliers[3, 11:83]
+    expected[2:] *= multipliers[2, 11:83]
+    expected += bias
+    planned = kernels.plan(batch, torch.ones(16, 4), torch.zeros(16, 4))
+    keys, values = torch.zeros(2, 4, BLOCK_SIZE, 2, 8)
+    product = kernels.project(kernels.Linear(base, bias), x, planned, span)
+    q = kernels.finish_qkv(product, keys, values, planned, span, HeadNorms(None, None, 1e-5), rotates=False)
+    found = [part.reshape(5, -1) for part in (q, *(cache.flatten(0, 1)[batch.kv_slots] for cache in (keys, values)))]
+    torch.testing.assert_close(torch.cat(found, 1).double(), expected, atol=2e-4, rtol=1e-4)
+
+
+# -- the base --------------------------------------------------------------------------------------------------
+
+SHAPES = [(48, 40), (70, 2049), (130, 576), (33, 1300)]
+
+
+def weights(out_features, in_features, bits, dtype):
+    """A weight for the kernels, and what it stands for."""
+    dense = torch.randn(out_features, in_features, dtype=dtype) / in_features**0.5
+    if bits == 16:
+        return dense, dense
+    packed = quantize_int8(dense) if bits == 8 else quantize_int4(dense, bits)
+    return packed, dequantize(packed)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("kind", [16, 8, 128, 64, 32], ids=["dense", "int8", "int4-128", "int4-64", "int4-32"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 17, 64])
+def test_project_is_the_product(num_rows, shape, kind, dtype, tolerance):
+    """Planes added up; odd inputs and outputs, groups that K is no multiple of, more rows than a program takes."""
+    torch.manual_seed(0)
+    packed, dense = weights(*shape, kind, dtype)
+    planned = plan(make_batch(decode(num_rows)), TABLE, TABLE)
+    x = torch.randn(num_rows, shape[1], dtype=dtype)
+    product = gpu.project(gpu.Linear(packed), x, planned, LoraSpan(0, shape[1], (shape[0],)))
+    assert len(product.out) == base_split(*shape)
+    torch.testing.assert_close(product.out.sum(0).double(), x.double() @ dense.double().T, atol=tolerance, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [16, 8, 64], ids=["dense", "int8", "int4"])
+def test_the_head_applies_the_norm(kind):
+    torch.manual_seed(0)
+    packed, dense = weights(151, 300, kind, torch.float32)
+    planned = plan(make_batch(decode(5)), TABLE, TABLE)
+    hidden, weight = 3 * torch.randn(5, 300), torch.randn(300)
+    tokens = torch.tensor([4, 0, 2])
+    got = gpu.head(gpu.Linear(packed), gpu.begin(hidden, planned, weight, 1e-3), tokens, planned)
+    expected = reference.rms_norm(hidden, weight, 1e-3)[tokens] @ dense.T
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_planes_follow_from_the_shape():
+    """Never from the number of rows: a token's sums would depend on its neighbours."""
+    assert [base_split(n, k) for n, k in ((5120, 3072), (3072, 3072), (16384, 3072), (3072, 8192))] == [2, 4, 1, 4]
+
+
+@pytest.mark.parametrize("kind", [8, 128, 64, 32])
+def test_codes_are_as_close_as_their_scale_allows(kind):
+    torch.manual_seed(0)
+    dense = torch.randn(9, 500)
+    restored = dequantize(quantize_int8(dense) if kind == 8 else quantize_int4(dense, kind))
+    group = 500 if kind == 8 else kind
+    padded = torch.nn.functional.pad(dense, (0, -500 % group)).view(9, -1, group)
+    step = padded.abs().amax(-1, keepdim=True) / (127 if kind == 8 else 7)
+    assert ((restored - dense).abs() <= step.expand_as(padded).flatten(1)[:, :500] / 2 + 1e-6).all()
+
+
+def test_a_group_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="groups of 48 inputs are not supported"):
+        quantize_int4(torch.zeros(2, 96), 48)
+
+
+# -- attention -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(6, 2, 16), (4, 4, 24), (8, 1, 64)])
+def test_chunks_are_combined(heads, kv_heads, size):
+    """One key short of a chunk, a whole one, one more, and three; beside a prompt that crosses the border."""
+    torch.manual_seed(0)
+    rows = [(stop - 1, stop) for stop in (CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 77)] + [(CHUNK - 3, CHUNK + 4)]
+    batch = make_batch(rows)
+    caches = torch.randn(2, batch.block_tables.numel(), BLOCK_SIZE, kv_heads, size)
+    q = torch.randn(len(batch.positions), heads, size)
+    got = gpu.paged_attention(q, caches[0], caches[1], plan(batch, TABLE, TABLE))
+    expected = reference.paged_attention(q, caches[0], caches[1], reference.plan(batch, TABLE, TABLE))
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+# -- nothing at all --------------------------------------------------------------------------------------------
+
+
+def test_a_step_without_tokens():
+    planned = plan(make_batch([]), TABLE, TABLE)
+    span, linear = LoraSpan(0, 8, (8, 4, 4)), gpu.Linear(torch.randn(16, 8))
+    hidden, weight = torch.zeros(0, 8), torch.ones(8)
+    x = gpu.begin(hidden, planned, weight, 1e-5)
+    assert isinstance(x, Activations)
+    cache = torch.zeros(1, 4, 1, 4)
+    product = gpu.project(linear, x, planned, span)
+    q = gpu.finish_qkv(product, cache, cache, planned, span, HeadNorms(None, None, 1e-5), rotates=True)
+    assert gpu.paged_attention(q, cache, cache, planned).shape == (0, 8)
+    assert gpu.finish_gate_up(product, planned, span).shape == (0, 8)
+    assert gpu.head(linear, x, torch.zeros(0, dtype=torch.long), planned).shape == (0, 16)
+    assert gpu.draw(torch.zeros(0, 9), reference.Settings(*torch.zeros(6, 0))).shape == (0,)
