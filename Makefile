@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-avx2 check bench generate clean
+.PHONY: demo test test-avx2 check compile bench generate clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/npc-runtime demo
@@ -27,6 +27,10 @@ check: $(VENV)/.dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+# Triton's kernels for real GPUs, without one: registers, shared memory, spills. make compile TARGETS=86,90
+compile: $(VENV)/.dev
+	@$(BIN)/python kernels/compile.py $(if $(TARGETS),--targets $(TARGETS))
 
 # Side by side with llama-server, vLLM and PEFT, each set up once in a venv below BENCH_DIR (llama.cpp is compiled:
 # it needs a C++ compiler and a while). make bench PEERS=llama-server NPCS=1,8 AVX2=1 BENCH_DIR=…; PEERS=none: ours alone

@@ -23,41 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from npc_kernels import gpu
 from npc_kernels.batch import BatchMetadata, LoraBatch
 from npc_kernels.quant import Int4Weight, Int8Weight
 from npc_kernels.reference import HeadNorms, Settings
+from shapes import CONTEXT, MODELS, Model
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from npc_runtime.engine.model import ModelShape, PageLayout
+from npc_runtime.engine.model import PageLayout
 
 MAX_LAUNCHES = 13
-CONTEXT, BLOCK_SIZE = 4096, 16
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A base as far as its kernels see it."""
-
-    shape: ModelShape
-    group: int  # of its 4-bit weights
-    has_head_norms: bool = False
-
-
-def shape(hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, vocab: int) -> ModelShape:
-    """One layer of a model."""
-    return ModelShape(1, hidden, intermediate, heads, kv_heads, head_dim, vocab, CONTEXT, 1e-5)
-
-
-MODELS = {
-    "Llama-3.2-3B": Model(shape(3072, 8192, 24, 8, 128, 128256), 128),
-    "Llama-3.2-1B": Model(shape(2048, 8192, 32, 8, 64, 128256), 128),
-    "Qwen3-4B": Model(shape(2560, 9728, 32, 8, 128, 151936), 128, has_head_norms=True),
-    "SmolLM2-135M": Model(shape(576, 1536, 9, 3, 64, 49152), 64),
-}
+BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +148,8 @@ STEPS = (
 def main() -> None:
     """Compile, print, fail if something is wrong."""
     options = parse_options()
+    if triton.knobs.runtime.interpret:
+        sys.exit("TRITON_INTERPRET is set, and what is interpreted cannot be compiled; unset it.")
     jobs = [(model, target) for target in options.targets for model in options.models]
     rows: list[Row] = []
     launches: dict[str, int] = {}

@@ -11,6 +11,8 @@ from npc_kernels.gpu_plan import CHUNK, plan, plan_segments, plan_tiles
 from npc_kernels.quant import dequantize, quantize_int4, quantize_int8
 from npc_kernels.reference import HeadNorms
 
+from npc_runtime.engine.model import ModelShape, PageLayout
+
 BLOCK_SIZE = 16
 TABLE = torch.zeros(1024, 4)
 
@@ -138,6 +140,15 @@ def test_dora_multiplies_base_and_adapter_but_not_the_bias(kernels):
     q = kernels.finish_qkv(product, keys, values, planned, span, HeadNorms(None, None, 1e-5), rotates=False)
     found = [part.reshape(5, -1) for part in (q, *(cache.flatten(0, 1)[batch.kv_slots] for cache in (keys, values)))]
     torch.testing.assert_close(torch.cat(found, 1).double(), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_no_layer_needs_kernels_of_its_own():
+    """Or a model of 28 layers would compile every kernel 28 times."""
+    shape = ModelShape(28, 96, 160, 6, 2, 16, 100, 64, 1e-5)
+    layout, planned = PageLayout.of(shape), plan(make_batch(decode(2)), TABLE, TABLE)
+    for group in zip(*layout.layers, strict=True):
+        sizes = {lora.adapters_of(planned, span, torch.zeros(2, span.in_features))[1] for span in group}
+        assert len(sizes) == 1
 
 
 # -- the base --------------------------------------------------------------------------------------------------

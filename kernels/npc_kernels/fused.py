@@ -38,17 +38,17 @@ class _Product(NamedTuple):
     multipliers: Tensor  # (num_pages, outputs) float32
     squares: Tensor  # (num_tiles, num_tokens) float32
     eps: float
+    first_output: int  # of the group, in a row of multipliers
 
 
 class _ProductSizes(NamedTuple):
-    """What is known of it when a kernel is compiled."""
+    """What is known of it when a kernel is compiled: nothing that differs from layer to layer."""
 
     N: int
     SPLIT: int
     TILES: int  # of squares, 0: the rows need no norm
     HAS_BIAS: bool
     OUTPUTS: int  # in a row of multipliers, 0: there are none
-    FIRST_OUTPUT: int  # of the group
 
 
 def _describe(product: Planes, plan: Plan, span: LoraSpan) -> tuple[_Product, Adapters, _ProductSizes, AdapterSizes]:
@@ -61,7 +61,6 @@ def _describe(product: Planes, plan: Plan, span: LoraSpan) -> tuple[_Product, Ad
         TILES=0 if squares is None else len(squares),
         HAS_BIAS=bias is not None,
         OUTPUTS=0 if multipliers is None else multipliers.shape[1],
-        FIRST_OUTPUT=span.first_output,
     )
     told = _Product(
         out,
@@ -69,6 +68,7 @@ def _describe(product: Planes, plan: Plan, span: LoraSpan) -> tuple[_Product, Ad
         out if multipliers is None else multipliers,
         out if squares is None else squares,
         product.eps,
+        span.first_output,
     )
     return told, product.adapters, sizes, product.sizes
 
@@ -101,7 +101,7 @@ def _finish_tile(
         acc *= row_scale(product.squares, tokens, adapters.num_tokens, product.eps, A.K, P.TILES)[None, :]
     if P.OUTPUTS > 0 and A.MAX_PAGES > 0:
         page = tl.load(adapters.pages + segment * A.MAX_PAGES)
-        place = page.to(tl.int64) * P.OUTPUTS + P.FIRST_OUTPUT + first + columns
+        place = page.to(tl.int64) * P.OUTPUTS + product.first_output + first + columns
         acc *= tl.load(product.multipliers + place, mask=is_column & (page >= 0), other=1.0)[:, None]
     if P.HAS_BIAS:
         acc += tl.load(product.bias + first + columns, mask=is_column, other=0.0).to(tl.float32)[:, None]

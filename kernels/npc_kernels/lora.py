@@ -53,14 +53,14 @@ class Adapters(NamedTuple):
     pages: Tensor  # (num_segments, max_pages) int32
     planes: Tensor  # (split, num_tokens, max_pages, num_slices, 16) float32: `h`, undefined without a page
     num_tokens: int
+    a_start: int  # where the group begins in a page, and its first slice's B
+    b_start: int
 
 
 class AdapterSizes(NamedTuple):
-    """What is known of them when a kernel is compiled."""
+    """What is known of them when a kernel is compiled: nothing that differs from layer to layer."""
 
     PAGE: int  # elements
-    A: int  # offset of the group in a page
-    B: int  # offset of its first slice's B
     K: int  # in_features
     SLICES: int
     MAX_PAGES: int
@@ -87,15 +87,13 @@ def adapters_of(plan: Plan, span: LoraSpan, x: Tensor) -> tuple[Adapters, Adapte
     pool = x if plan.batch.lora is None else plan.batch.lora.pool
     sizes = AdapterSizes(
         PAGE=pool.shape[1],
-        A=span.start,
-        B=span.b_start,
         K=span.in_features,
         SLICES=span.num_slices,
         MAX_PAGES=plan.max_pages,
         SPLIT=split,
         OPERAND=operand(x.dtype),
     )
-    return Adapters(pool, plan.tokens, plan.pages, planes, plan.num_tokens), sizes
+    return Adapters(pool, plan.tokens, plan.pages, planes, plan.num_tokens, span.start, span.b_start), sizes
 
 
 @triton.jit
@@ -116,7 +114,7 @@ def shrink_tile(x_ptr, adapters, pid, SIZES: tl.constexpr):
     if page >= 0:
         rank = tl.arange(0, RANK)
         tokens = load_tokens(adapters, segment)
-        a_ptr = adapters.pool + page.to(tl.int64) * SIZES.PAGE + SIZES.A + part * RANK * K
+        a_ptr = adapters.pool + page.to(tl.int64) * SIZES.PAGE + adapters.a_start + part * RANK * K
         PLANE: tl.constexpr = tl.cdiv(tl.cdiv(K, SIZES.SPLIT), BLOCK_K) * BLOCK_K
         acc = tl.zeros((RANK, WIDTH), dtype=tl.float32)
         for step in range(0, PLANE, BLOCK_K):
@@ -151,7 +149,7 @@ def expand_tile(acc, adapters, segment, tokens, columns, first, width, part, SIZ
             for split in tl.static_range(SPLIT):
                 place = _place_of(adapters, split, tokens, index, part, SIZES)
                 h += tl.load(place[None, :] + rank[:, None], mask=(tokens >= 0)[None, :], other=0.0)
-            b_ptr = adapters.pool + page.to(tl.int64) * SIZES.PAGE + SIZES.B + RANK * first
+            b_ptr = adapters.pool + page.to(tl.int64) * SIZES.PAGE + adapters.b_start + RANK * first
             b = tl.load(b_ptr + rank[None, :] * width + columns[:, None], mask=(columns < width)[:, None], other=0.0)
             # `h` in the adapter's dtype: as float32 the product would be slower, and on Hopper miscompiled.
             acc = tl.dot(b.to(SIZES.OPERAND), h.to(b.dtype).to(SIZES.OPERAND), acc, input_precision="ieee")
