@@ -1,5 +1,6 @@
 """What only the GPU kernels have, in Triton's interpreter: segments, pages, planes, codes, DoRA."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -227,6 +228,19 @@ def test_chunks_are_combined(heads, kv_heads, size):
     got = gpu.paged_attention(q, caches[0], caches[1], plan(batch, TABLE, TABLE))
     expected = reference.paged_attention(q, caches[0], caches[1], reference.plan(batch, TABLE, TABLE))
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_keys_that_no_row_has_are_not_read():
+    """Beyond a row's last key the table names no block, and block 0 is somebody else's: NaN here."""
+    torch.manual_seed(0)
+    batch = make_batch([(20, 21), (0, 19)])
+    batch = dataclasses.replace(batch, block_tables=batch.block_tables + 1)
+    caches = torch.randn(2, batch.block_tables.numel() + 1, BLOCK_SIZE, 2, 16)
+    q = torch.randn(len(batch.positions), 4, 16)
+    planned = plan(batch, TABLE, TABLE)
+    clean = gpu.paged_attention(q, caches[0], caches[1], planned)
+    caches[:, 0] = torch.nan
+    assert torch.equal(gpu.paged_attention(q, caches[0], caches[1], planned), clean)
 
 
 # -- nothing at all --------------------------------------------------------------------------------------------

@@ -270,6 +270,15 @@ def test_the_gpu_draws_what_its_twin_draws(vocab, step):
 
 
 @pytest.mark.parametrize("module", [reference, cpu, gpu], ids=["reference", "cpu", "gpu"])
+@pytest.mark.parametrize("settings", [{"top_k": 7}, {"top_p": 0.17}], ids=str)
+def test_of_equal_tokens_the_first_are_kept(settings, module):
+    """Seven of forty, whether they are counted or weighed."""
+    rows = [make_row(seed, **settings) for seed in range(60)]
+    drawn = module.draw(torch.zeros(60, 40), settings_of(rows, 40)).tolist()
+    assert set(drawn) == set(range(7))
+
+
+@pytest.mark.parametrize("module", [reference, cpu, gpu], ids=["reference", "cpu", "gpu"])
 def test_a_bitmask_forbids_tokens(module):
     """Whatever else is asked for; and a row that may say nothing says that it cannot."""
     torch.manual_seed(6)

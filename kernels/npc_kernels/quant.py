@@ -48,8 +48,7 @@ def quantize_int4(
     scale = (padded.abs().amax(-1, keepdim=True) / 7).clamp(min=torch.finfo(torch.float32).tiny)
     codes = ((padded / scale).round().clamp(-8, 7) + 8).to(torch.int64).view(out_features, -1, 8, 16)
     shifts = 4 * torch.arange(8, device=weight.device)
-    words = (codes << shifts[:, None]).sum(2)
-    words = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    words = (codes << shifts[:, None]).sum(2).to(torch.int32)  # the upper half wraps around
     return Int4Weight(words.flatten(1).contiguous(), scale[..., 0].contiguous(), in_features, group)
 
 
