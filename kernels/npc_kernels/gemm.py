@@ -82,6 +82,9 @@ class WeightSizes(NamedTuple):
     GROUP: int  # inputs that share a scale, in 4 bits
     BLOCK: int  # outputs of one program
     STEP: int  # inputs of one step
+    SPLIT: int  # planes
+    SPAN: int  # inputs of a plane
+    BLOCKS: int  # of 128 inputs, in 4 bits
     OPERAND: tl.dtype  # what products are computed in
 
 
@@ -109,15 +112,19 @@ class Linear:
         """Rows of the weight."""
         return self.values.shape[0]
 
-    def describe(self, x: Tensor) -> tuple[Weight, WeightSizes]:
-        """The weight for a kernel that multiplies it with x."""
+    def describe(self, x: Tensor, split: int) -> tuple[Weight, WeightSizes]:
+        """The weight for a kernel that multiplies it with x in so many planes."""
+        step = BLOCK if self.bits == 4 else BLOCK_K
         sizes = WeightSizes(
             N=self.out_features,
             K=self.in_features,
             BITS=self.bits,
             GROUP=self.group,
             BLOCK=BLOCK_OUT,
-            STEP=BLOCK if self.bits == 4 else BLOCK_K,
+            STEP=step,
+            SPLIT=split,
+            SPAN=triton.cdiv(triton.cdiv(self.in_features, split), step) * step,
+            BLOCKS=triton.cdiv(self.in_features, BLOCK),
             OPERAND=operand(x.dtype),
         )
         return Weight(self.values, self.values if self.scale is None else self.scale), sizes
@@ -144,15 +151,16 @@ def base_split(out_features: int, in_features: int) -> int:
 
 
 @triton.jit
-def product_tile(x_ptr, weight, rows, is_row, columns, first, ROWS: tl.constexpr, SPAN: tl.constexpr, W: tl.constexpr):
-    """`weight @ x.T` over the inputs `[first, first + SPAN)`: (outputs, rows) float32."""
+def product_tile(x_ptr, weight, rows, is_row, columns, split, ROWS: tl.constexpr, W: tl.constexpr):
+    """One plane of `weight @ x.T`: (outputs, rows) float32."""
+    first = split * W.SPAN
     OUTPUTS: tl.constexpr = W.BLOCK
     acc = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     if W.BITS == 4:
-        for start in range(0, SPAN, W.STEP):
+        for start in range(0, W.SPAN, W.STEP):
             acc = _add_block_of_codes(acc, x_ptr, weight, rows, is_row, columns, (first + start) // W.STEP, W)
     else:
-        for start in range(0, SPAN, W.STEP):
+        for start in range(0, W.SPAN, W.STEP):
             k = first + start + tl.arange(0, W.STEP)
             is_weight = (columns < W.N)[:, None] & (k < W.K)[None, :]
             place = weight.data + columns.to(tl.int64)[:, None] * W.K + k[None, :]
@@ -170,12 +178,11 @@ def product_tile(x_ptr, weight, rows, is_row, columns, first, ROWS: tl.constexpr
 @triton.jit
 def _add_block_of_codes(acc, x_ptr, weight, rows, is_row, columns, block, W: tl.constexpr):
     """128 inputs in 4 bits: one tile of words, eight products; the scales of a group multiply its sums."""
-    BLOCKS: tl.constexpr = tl.cdiv(W.K, 128)
     GROUPS: tl.constexpr = 128 // W.GROUP
     NIBBLES: tl.constexpr = W.GROUP // 16
     word = tl.arange(0, 16)
-    is_weight = (columns < W.N) & (block < BLOCKS)
-    place = (columns * BLOCKS + block)[:, None] * 16 + word[None, :]
+    is_weight = (columns < W.N) & (block < W.BLOCKS)
+    place = (columns * W.BLOCKS + block)[:, None] * 16 + word[None, :]
     words = tl.load(weight.data + place, mask=is_weight[:, None], other=0)
     for group in tl.static_range(GROUPS):
         part = tl.zeros_like(acc)
@@ -185,7 +192,7 @@ def _add_block_of_codes(acc, x_ptr, weight, rows, is_row, columns, block, W: tl.
             x = tl.load(x_ptr + rows[None, :] * W.K + k[:, None], mask=is_input, other=0.0)
             codes = (((words >> (4 * nibble)) & 15) - 8).to(tl.float32).to(W.OPERAND)
             part = tl.dot(codes, x.to(W.OPERAND), part, input_precision="ieee")
-        scale = tl.load(weight.scale + (columns * BLOCKS + block) * GROUPS + group, mask=is_weight, other=0.0)
+        scale = tl.load(weight.scale + (columns * W.BLOCKS + block) * GROUPS + group, mask=is_weight, other=0.0)
         acc += part * scale[:, None]
     return acc
 
@@ -209,7 +216,6 @@ def _project_kernel(
     num_shrinks,
     W: tl.constexpr,
     A: tl.constexpr,
-    SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """The first programs shrink, the others multiply; without adapters there are only the others."""
@@ -222,10 +228,9 @@ def _project_kernel(
         number = pid - num_shrinks
         row_tiles = tl.cdiv(num_tokens, ROWS)
         rows = (number % row_tiles) * ROWS + tl.arange(0, ROWS)
-        split = (number // row_tiles) % SPLIT
-        columns = (number // (row_tiles * SPLIT)) * W.BLOCK + tl.arange(0, W.BLOCK)
-        SPAN: tl.constexpr = tl.cdiv(tl.cdiv(W.K, SPLIT), W.STEP) * W.STEP
-        acc = product_tile(x_ptr, weight, rows, rows < num_tokens, columns, split * SPAN, ROWS, SPAN, W)
+        split = (number // row_tiles) % W.SPLIT
+        columns = (number // (row_tiles * W.SPLIT)) * W.BLOCK + tl.arange(0, W.BLOCK)
+        acc = product_tile(x_ptr, weight, rows, rows < num_tokens, columns, split, ROWS, W)
         place = out_ptr + (split * num_tokens + rows)[None, :] * W.N + columns[:, None]
         tl.store(place, acc, mask=(rows < num_tokens)[None, :] & (columns < W.N)[:, None])
 
@@ -242,7 +247,7 @@ def project(
     assert values.shape == (plan.num_tokens, linear.in_features)
     num_tokens, split = plan.num_tokens, base_split(linear.out_features, linear.in_features)
     out = torch.empty((split, num_tokens, linear.out_features), dtype=torch.float32, device=values.device)
-    weight, weight_sizes = linear.describe(values)
+    weight, weight_sizes = linear.describe(values, split)
     adapters, sizes = adapters_of(plan, span, values)
     rows = _rows_of(num_tokens, linear.bits)
     if num_tokens:
@@ -256,7 +261,6 @@ def project(
             num_shrinks(adapters),
             W=weight_sizes,
             A=sizes,
-            SPLIT=split,
             ROWS=rows,
             **_shape_of_launch(linear.bits),
         )
@@ -299,7 +303,7 @@ def _head_kernel(
     columns = (tl.program_id(0) // row_tiles) * W.BLOCK + tl.arange(0, W.BLOCK)
     is_row = row < num_wanted
     tokens = tl.load(wanted_ptr + row, mask=is_row, other=-1)
-    acc = product_tile(x_ptr, weight, tokens, is_row, columns, 0, ROWS, tl.cdiv(W.K, W.STEP) * W.STEP, W)
+    acc = product_tile(x_ptr, weight, tokens, is_row, columns, 0, ROWS, W)
     if TILES > 0:
         acc *= row_scale(squares_ptr, tokens, num_tokens, eps, W.K, TILES)[None, :]
     if HAS_BIAS:
@@ -318,7 +322,7 @@ def head(
     values = x.values if isinstance(x, Activations) else x
     assert values.is_contiguous()
     result = torch.empty((len(tokens), linear.out_features), dtype=torch.float32, device=values.device)
-    weight, weight_sizes = linear.describe(values)
+    weight, weight_sizes = linear.describe(values, 1)
     rows = _rows_of(len(tokens), linear.bits)
     if len(tokens):
         _head_kernel[(triton.cdiv(len(tokens), rows) * triton.cdiv(linear.out_features, BLOCK_OUT),)](

@@ -65,6 +65,7 @@ class AdapterSizes(NamedTuple):
     SLICES: int
     MAX_PAGES: int
     SPLIT: int
+    PLANE: int  # inputs of a plane
     OPERAND: tl.dtype  # what products are computed in
 
 
@@ -91,6 +92,7 @@ def adapters_of(plan: Plan, span: LoraSpan, x: Tensor) -> tuple[Adapters, Adapte
         SLICES=span.num_slices,
         MAX_PAGES=plan.max_pages,
         SPLIT=split,
+        PLANE=triton.cdiv(triton.cdiv(span.in_features, split), BLOCK_K.value) * BLOCK_K.value,
         OPERAND=operand(x.dtype),
     )
     return Adapters(pool, plan.tokens, plan.pages, planes, plan.num_tokens, span.start, span.b_start), sizes
@@ -115,10 +117,9 @@ def shrink_tile(x_ptr, adapters, pid, SIZES: tl.constexpr):
         rank = tl.arange(0, RANK)
         tokens = load_tokens(adapters, segment)
         a_ptr = adapters.pool + page.to(tl.int64) * SIZES.PAGE + adapters.a_start + part * RANK * K
-        PLANE: tl.constexpr = tl.cdiv(tl.cdiv(K, SIZES.SPLIT), BLOCK_K) * BLOCK_K
         acc = tl.zeros((RANK, WIDTH), dtype=tl.float32)
-        for step in range(0, PLANE, BLOCK_K):
-            k = split * PLANE + step + tl.arange(0, BLOCK_K)
+        for step in range(0, SIZES.PLANE, BLOCK_K):
+            k = split * SIZES.PLANE + step + tl.arange(0, BLOCK_K)
             a = tl.load(a_ptr + rank[:, None] * K + k[None, :], mask=k[None, :] < K, other=0.0)
             is_input = (tokens >= 0)[None, :] & (k < K)[:, None]
             x = tl.load(x_ptr + tokens[None, :] * K + k[:, None], mask=is_input, other=0.0)
