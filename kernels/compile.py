@@ -74,7 +74,7 @@ class Row:
     shared: int  # bytes
     warps: int
     occupancy: float  # warps that a multiprocessor holds, of those that it could
-    products: str  # tensor-core instructions: mma, wgmma, both or none
+    products: str  # tensor-core instructions, the keys of PRODUCTS; empty: none
 
     @property
     def problem(self) -> str | None:
@@ -85,7 +85,7 @@ class Row:
             return f"{self.shared} bytes of shared memory, the target has {LIMITS[self.target].shared_per_block}"
         if self.kernel in ("_project_kernel", "_head_kernel", "_attend_kernel") and not self.products:
             return "no tensor-core instruction"
-        if "int4" in self.step and self.kernel in ("_project_kernel", "_head_kernel") and "wgmma" in self.products:
+        if "registers" in self.products:
             return "a warp-group product with an operand in registers, which ptxas before 13.3 miscompiles"
         return None
 
@@ -101,12 +101,16 @@ class NoDriver:
         return self._target
 
     def get_current_device(self) -> int:
-        """A number, which kernels are cached by."""
-        return 0
+        """A number of its own for each target, because Triton keeps what it compiled, and what for, by it."""
+        return int(self._target.arch)
 
     def get_current_stream(self, device: int) -> int:
         """Nothing is launched on it."""
         return 0
+
+
+RUN = JITFunction.run
+"""Triton's own, which a recorder puts itself in front of."""
 
 
 class Recorder:
@@ -115,10 +119,9 @@ class Recorder:
     def __init__(self, capability: int) -> None:
         driver.set_active(NoDriver(capability))
         self.launches: list[tuple[str, Any]] = []
-        run = JITFunction.run
 
         def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-            compiled = run(function, *args, grid=grid, warmup=True, **options)
+            compiled = RUN(function, *args, grid=grid, warmup=True, **options)
             self.launches.append((function.__name__, compiled))
             return compiled
 
@@ -265,6 +268,8 @@ def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def measure(compiled: Any, target: int) -> Iterator[Any]:
     """Registers, spilled bytes, shared memory, warps, occupancy and kinds of products of a compiled kernel."""
+    if compiled.metadata.target.arch != target:
+        raise RuntimeError(f"asked for {target}, Triton compiled for {compiled.metadata.target.arch}")
     usage = resource_usage(compiled.asm["cubin"])
     registers, shared, warps = usage["REG"], compiled.metadata.shared, compiled.metadata.num_warps
     yield registers
@@ -275,7 +280,12 @@ def measure(compiled: Any, target: int) -> Iterator[Any]:
     yield "+".join(name for name, pattern in PRODUCTS.items() if re.search(pattern, compiled.asm["ptx"]))
 
 
-PRODUCTS = {"mma": r"\bmma\.sync", "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma"}
+PRODUCTS = {
+    "mma": r"\bmma\.sync",
+    "wgmma": r"\bwgmma\.mma_async",
+    "wgmma from registers": r"\bwgmma\.mma_async\S+\s+\{[^}]*\},\s*\{",  # result, then first operand
+    "tcgen05": r"\btcgen05\.mma",
+}
 
 
 def occupancy(limits: Limits, registers: int, shared: int, warps: int) -> float:

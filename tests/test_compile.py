@@ -23,9 +23,12 @@ def run(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_a_model_is_compiled_for_a_gpu_that_is_not_there():
-    """Nine launches a layer with adapters and without, ten where a row is longer than a chunk."""
-    done = run("compile.py", "--targets", "86", "--models", "SmolLM2-135M", "--jobs", "1")
+def test_a_model_is_compiled_for_gpus_that_are_not_there():
+    """Nine launches a layer with adapters and without, ten where a row is longer than a chunk.
+
+    Two targets in one process: the second one must not get what was compiled for the first.
+    """
+    done = run("compile.py", "--targets", "86,90", "--models", "SmolLM2-135M", "--jobs", "1")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["problems"] == []
@@ -40,6 +43,7 @@ def test_a_model_is_compiled_for_a_gpu_that_is_not_there():
     kernels = {row["kernel"] for row in found["compile"]}
     assert {"_project_kernel", "_attend_kernel", "_combine_kernel", "_qkv_kernel", "_draw_kernel"} <= kernels
     assert all(0 < row["registers"] <= 255 and 0 < row["occupancy"] <= 1 for row in found["compile"])
+    assert {row["target"] for row in found["compile"] if "wgmma" in row["products"]} == {90}
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,8 @@ def test_a_model_is_compiled_for_a_gpu_that_is_not_there():
         ({"shared": 102_000, "target": 80}, None),
         ({"products": ""}, "no tensor-core instruction"),
         ({"products": "", "kernel": "_draw_kernel"}, None),
-        ({"products": "mma+wgmma"}, "a warp-group product with an operand in registers"),
+        ({"products": "wgmma", "target": 90}, None),
+        ({"products": "wgmma+wgmma from registers"}, "a warp-group product with an operand in registers"),
     ],
 )
 def test_what_make_compile_fails_on(change, problem):

@@ -88,7 +88,8 @@ class LoraBatch:
 
     def mask(self, row_starts: tuple[int, ...]) -> Tensor:  # (num_tokens, num_live) bool
         """Which of the live pages each token's adapter owns."""
-        owned = torch.tensor([[page in pages for page in self.live] for pages in self.pages])
+        live = self.live
+        owned = torch.tensor([[page in pages for page in live] for pages in self.pages])
         sizes = torch.tensor(row_starts).diff()
         return owned.repeat_interleave(sizes, dim=0).to(self.pool.device)
 
