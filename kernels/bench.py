@@ -71,11 +71,13 @@ class Bench:
         num_pages = -(-self.rank // 16)
         pages = tuple(tuple(range(num_pages * row, num_pages * (row + 1))) for row in range(self.num_rows))
         pool = self._random(num_pages * self.num_rows, layout.num_elements) / 32
-        blocks = -(-(POSITION + 1) // BLOCK_SIZE)
-        tables = torch.randperm(blocks * self.num_rows, device=self.device).view(self.num_rows, blocks)
+        blocks, rows = -(-(POSITION + 1) // BLOCK_SIZE), torch.arange(self.num_rows)
+        tables = torch.randperm(blocks * self.num_rows).view(self.num_rows, blocks)
         slots = tables[:, POSITION // BLOCK_SIZE] * BLOCK_SIZE + POSITION % BLOCK_SIZE
         return BatchMetadata(
-            positions=torch.full((self.num_rows,), POSITION, device=self.device),
+            token_ids=rows,
+            sampled=rows,
+            positions=torch.full((self.num_rows,), POSITION),
             kv_slots=slots,
             num_decode=self.num_rows,
             row_starts=tuple(range(self.num_rows + 1)),
@@ -190,15 +192,15 @@ class Bench:
         size = self.model.shape
         hidden, norm = self._random(self.num_rows, size.hidden).float(), self._random(size.hidden)
         x = gpu.begin(hidden, plans[0], norm, EPS)
-        twin_x, tokens = values_of(x), torch.arange(self.num_rows, device=self.device)
+        twin_x = values_of(x)
         dense = self._random(size.vocab, size.hidden) / size.hidden**0.5
         for kind, weight in (("", dense), (" int8", quantize_int8(dense))):
             linear = gpu.Linear(weight)
             reading = reference.Linear(dense if weight is dense else dequantize(weight).to(self.dtype))
             yield Case(
                 f"head{kind}",
-                lambda linear=linear: gpu.head(linear, x, tokens, plans[0]),
-                lambda reading=reading: reference.head(reading, twin_x, tokens, plans[1]),
+                lambda linear=linear: gpu.head(linear, x, plans[0]),
+                lambda reading=reading: reference.head(reading, twin_x, plans[1]),
                 bytes_of(weight) + 4 * self.num_rows * size.vocab,
             )
 

@@ -224,7 +224,7 @@ def run_layer(recorder: Recorder, model: Model, step: Step) -> int:
     x = gpu.finish_residual(product, hidden, plan, of_down, vector, 1e-5)
     number = len(recorder.launches) - before
     head = gpu.Linear(make_weight(size.vocab, size.hidden, 8 if step.bits == 4 else 16, model.group))
-    logits = gpu.head(head, x, empty(len(step.rows), dtype=torch.long), plan)
+    logits = gpu.head(head, x, plan)
     gpu.draw(logits, Settings(*(empty(len(step.rows), dtype=torch.float64) for _ in range(6))))
     return number
 
@@ -237,13 +237,15 @@ def describe(step: Step, layout: PageLayout) -> BatchMetadata:
         first = sum(map(len, pages))
         pages.append(tuple(range(first, first + rank // 16)))
     pool = empty(max(1, sum(map(len, pages))), layout.num_elements, dtype=torch.bfloat16)
-    most = max(stop for _, stop in step.rows)
+    most, numbers = max(stop for _, stop in step.rows), torch.zeros(starts[-1], dtype=torch.long)
     return BatchMetadata(
-        positions=empty(starts[-1], dtype=torch.long),
-        kv_slots=empty(starts[-1], dtype=torch.long),
+        token_ids=numbers,
+        sampled=torch.zeros(len(step.rows), dtype=torch.long),
+        positions=numbers,
+        kv_slots=numbers,
         num_decode=sum(stop - start == 1 for start, stop in step.rows),
         row_starts=tuple(starts),
-        block_tables=empty(len(step.rows), -(-most // BLOCK_SIZE), dtype=torch.long),
+        block_tables=torch.zeros(len(step.rows), -(-most // BLOCK_SIZE), dtype=torch.long),
         block_size=BLOCK_SIZE,
         max_seen=most,
         lora=LoraBatch(pool, tuple(pages)) if any(pages) else None,

@@ -18,14 +18,17 @@ BLOCK_SIZE = 16
 TABLE = torch.zeros(1024, 4)
 
 
-def make_batch(rows, pages=None, pool=None, multipliers=None):
+def make_batch(rows, pages=None, pool=None, multipliers=None, sampled=None):
     """Rows as (start, stop), each in KV blocks of its own."""
     starts = [0, *itertools.accumulate(stop - start for start, stop in rows)]
     room = max((-(-stop // BLOCK_SIZE) for _, stop in rows), default=1)
     tables = torch.arange(len(rows) * room).view(len(rows), room)
     places = [(row, position) for row, (start, stop) in enumerate(rows) for position in range(start, stop)]
     slots = [int(tables[row, p // BLOCK_SIZE]) * BLOCK_SIZE + p % BLOCK_SIZE for row, p in places]
+    count = len(places)
     return BatchMetadata(
+        token_ids=torch.arange(count) % 7,
+        sampled=torch.tensor(starts[1:], dtype=torch.long) - 1 if sampled is None else sampled,
         positions=torch.tensor([position for _, position in places], dtype=torch.long),
         kv_slots=torch.tensor(slots, dtype=torch.long),
         num_decode=sum(stop - start == 1 for start, stop in rows),
@@ -47,9 +50,9 @@ def decode(num_rows):
 def test_the_example_of_the_docstring():
     batch = make_batch([(5, 6), (0, 3)], [(5,), (2, 7)], torch.zeros(8, 1))
     planned = plan(batch, TABLE, TABLE)
-    assert planned.tokens.tolist() == [[1, 2, 3, *[-1] * 13], [0, *[-1] * 15]]
-    assert planned.pages.tolist() == [[2, 7, -1, -1], [5, -1, -1, -1]]
-    assert planned.tiles.tolist() == [[0, 0, 1], [1, 1, 3]]
+    assert planned.step.tokens.tolist() == [[1, 2, 3, *[-1] * 13], [0, *[-1] * 15]]
+    assert planned.step.pages.tolist() == [[2, 7, -1, -1], [5, -1, -1, -1]]
+    assert planned.step.tiles.tolist() == [[0, 0, 1], [1, 1, 3]]
     assert planned.num_chunks == 1
 
 
@@ -185,10 +188,10 @@ def test_project_is_the_product(num_rows, shape, kind, dtype, tolerance):
 def test_the_head_applies_the_norm(kind):
     torch.manual_seed(0)
     packed, dense = weights(151, 300, kind, torch.float32)
-    planned = plan(make_batch(decode(5)), TABLE, TABLE)
-    hidden, weight = 3 * torch.randn(5, 300), torch.randn(300)
     tokens = torch.tensor([4, 0, 2])
-    got = gpu.head(gpu.Linear(packed), gpu.begin(hidden, planned, weight, 1e-3), tokens, planned)
+    planned = plan(make_batch(decode(5), sampled=tokens), TABLE, TABLE)
+    hidden, weight = 3 * torch.randn(5, 300), torch.randn(300)
+    got = gpu.head(gpu.Linear(packed), gpu.begin(hidden, planned, weight, 1e-3), planned)
     expected = reference.rms_norm(hidden, weight, 1e-3)[tokens] @ dense.T
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
@@ -257,5 +260,5 @@ def test_a_step_without_tokens():
     q = gpu.finish_qkv(product, cache, cache, planned, span, HeadNorms(None, None, 1e-5), rotates=True)
     assert gpu.paged_attention(q, cache, cache, planned).shape == (0, 8)
     assert gpu.finish_gate_up(product, planned, span).shape == (0, 8)
-    assert gpu.head(linear, x, torch.zeros(0, dtype=torch.long), planned).shape == (0, 16)
+    assert gpu.head(linear, x, planned).shape == (0, 16)
     assert gpu.draw(torch.zeros(0, 9), reference.Settings(*torch.zeros(6, 0))).shape == (0,)

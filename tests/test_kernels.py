@@ -39,7 +39,7 @@ def plain_norm(x, weight, eps=1e-5):
 class Step:
     """A step of rows given as (start, stop), those of one token first, and its plan for a kernel module."""
 
-    def __init__(self, kernels, rows, *, lora=None, head_dim=8):
+    def __init__(self, kernels, rows, *, lora=None, head_dim=8, token_ids=None, sampled=None):
         self.rows = rows
         self.tables = [[3, 1, 9, 8], [0, 5, 11, 7], [2, 6, 10, 4]][: len(rows)]
         self.tokens = [(row, position) for row, (start, stop) in enumerate(rows) for position in range(start, stop)]
@@ -53,7 +53,10 @@ class Step:
         starts = [0]
         for start, stop in rows:
             starts.append(starts[-1] + stop - start)
+        count = len(self.tokens)
         self.batch = BatchMetadata(
+            token_ids=torch.arange(count) if token_ids is None else token_ids,
+            sampled=torch.tensor(starts[1:]) - 1 if sampled is None else sampled,
             positions=torch.tensor([position for _, position in self.tokens]),
             kv_slots=torch.tensor(self.slots),
             num_decode=sum(stop - start == 1 for start, stop in rows),
@@ -253,6 +256,14 @@ def test_a_key_that_is_no_number_reaches_the_logits(kernels):
     assert torch.isnan(kernels.paged_attention(torch.randn(1, 6, 8), broken, cache, step.plan)).all()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_embed(dtype, tolerance, kernels):
+    table = torch.randn(20, 40, dtype=dtype)
+    token_ids = torch.tensor([19, 0, 7])
+    got = kernels.embed(table, Step(kernels, ROWS["decode"], token_ids=token_ids).plan)
+    assert torch.equal(got, table[token_ids].float())
+
+
 # -- linears ---------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +278,8 @@ def test_head(num_rows, has_bias, dtype, tolerance, kernels):
     expected = x.double() @ weight.double().T + (bias.double() if has_bias else 0)
     more, tokens = torch.randn(num_rows + 2, 48, dtype=dtype), torch.arange(num_rows, 0, -1)
     more[tokens] = x
-    got = kernels.head(kernels.Linear(weight, bias), more, tokens, Step(kernels, ROWS["decode"]).plan)
+    plan = Step(kernels, ROWS["decode"], sampled=tokens).plan
+    got = kernels.head(kernels.Linear(weight, bias), more, plan)
     close(got, expected, tolerance)
     assert got.dtype == torch.float32
 

@@ -18,6 +18,7 @@ LAYERS = [
     "npc_kernels.cpu_gemm",
     "npc_kernels.openmp",
     "npc_kernels.cpu_jit",
+    "npc_kernels.cpu_tape",
     "npc_kernels.cpu_rows",
     "npc_kernels.cpu_attend",
     "npc_kernels.cpu_codes",
@@ -76,7 +77,7 @@ ENGINE_MAY_IMPORT = {"torch", "triton", "transformers", "tokenizers", "numpy", "
 # Need numba, which the GPU path does without; `choose_kernels` alone imports them, inside a function.
 COMPILED = [
     "npc_kernels.cpu",
-    *(f"npc_kernels.cpu_{name}" for name in ("jit", "rows", "attend", "codes", "draw", "exact")),
+    *(f"npc_kernels.cpu_{name}" for name in ("jit", "tape", "rows", "attend", "codes", "draw", "exact")),
 ]
 
 WITHOUT_TORCH = [

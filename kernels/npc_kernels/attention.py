@@ -56,8 +56,8 @@ def _attend_kernel(
     heads = kv_head * (NUM_HEADS // NUM_KV_HEADS) + column % GROUP
     is_query = (column // GROUP < count) & (column % GROUP < NUM_HEADS // NUM_KV_HEADS)
     positions = tl.load(positions_ptr + tokens, mask=is_query, other=0).to(tl.int32)
-    last = tl.load(positions_ptr + first + count - 1).to(tl.int32)
-    if chunk * CHUNK <= last:
+    last = tl.load(positions_ptr + first + tl.maximum(count, 1) - 1)
+    if (count > 0) & (chunk * CHUNK <= last):
         dim = tl.arange(0, DIM)
         place = (tokens * NUM_HEADS + heads)[None, :] * HEAD_DIM + dim[:, None]
         is_number = is_query[None, :] & (dim < HEAD_DIM)[:, None]
@@ -137,7 +137,7 @@ def paged_attention(
     assert q.is_contiguous()
     assert k_cache.is_contiguous()
     assert v_cache.is_contiguous()
-    batch, num_chunks = plan.batch, plan.num_chunks
+    step, num_chunks = plan.step, plan.num_chunks
     result = torch.empty_like(q)
     group = triton.next_power_of_2(num_heads // num_kv_heads)
     columns = max(16, plan.tile_queries * group)
@@ -147,17 +147,17 @@ def paged_attention(
     if num_chunks > 1:
         parts = torch.empty((num_chunks, *q.shape), dtype=torch.float32, device=q.device)
         sums = torch.empty((num_chunks, num_tokens, num_heads, 2), dtype=torch.float32, device=q.device)
-    _attend_kernel[(len(plan.tiles), num_kv_heads, num_chunks)](
+    _attend_kernel[(len(step.tiles), num_kv_heads, num_chunks)](
         q,
         k_cache,
         v_cache,
         parts,
         sums,
-        plan.tiles,
-        batch.positions,
-        batch.block_tables,
+        step.tiles,
+        step.positions,
+        step.tables,
         num_tokens,
-        batch.block_tables.shape[1],
+        step.tables.shape[1],
         head_dim**-0.5,
         BLOCK_SIZE=block_size,
         NUM_HEADS=num_heads,
@@ -178,7 +178,7 @@ def paged_attention(
             parts,
             sums,
             result,
-            batch.positions,
+            step.positions,
             num_tokens,
             NUM_HEADS=num_heads,
             HEAD_DIM=head_dim,

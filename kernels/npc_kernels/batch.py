@@ -1,22 +1,24 @@
 """What the kernels must know about the rows of one step: positions, KV pages, adapter pages.
 
-The runner builds one `BatchMetadata` per forward pass from the scheduler's plan; a kernel module makes of it
-whatever it needs (`plan`), once a step. All tensors are on the device of the model.
+The runner builds one `BatchMetadata` per forward pass from the scheduler's plan, in main memory; a kernel module makes
+of it whatever it needs on its device (`plan`), once a step.
 
 A worked example. Two lines share a step, KV blocks hold 4 tokens. Row 0 decodes its 6th token, row 1 prefills
 a prompt of 3 tokens; row 0 wears an adapter on page 5, row 1 one of rank 24 on pages 2 and 7:
 
     token                    0        1   2   3          rows with one token come first
+    token id                 17       4   8   15         token_ids
     row                      0        1   1   1          row_starts [0, 1, 4]
     position                 5        0   1   2          positions
     blocks                   3, 1     2                  block_tables [[3, 1], [2, 2]], short rows repeat their first
     KV slot                  1*4+1=5  8   9   10         kv_slots
     adapter pages            5        2, 7               lora.pages [(5,), (2, 7)]
+    next token wanted        yes      no  no  yes        sampled [0, 3]
     live adapter pages       2, 5, 7                     lora.live
     lora.mask                token 0: 0 1 0   tokens 1-3: 1 0 1
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -91,13 +93,15 @@ class LoraBatch:
         live = self.live
         owned = torch.tensor([[page in pages for page in live] for pages in self.pages])
         sizes = torch.tensor(row_starts).diff()
-        return owned.repeat_interleave(sizes, dim=0).to(self.pool.device)
+        return owned.repeat_interleave(sizes, dim=0)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchMetadata:
-    """Everything about the step's rows that is not a hidden state; see the example above."""
+    """Everything about the step's rows that is not a hidden state; see the example above. In main memory."""
 
+    token_ids: Tensor  # (num_tokens,) int64
+    sampled: Tensor  # (num_sampled,) int64: the tokens behind which the next one is wanted
     positions: Tensor  # (num_tokens,) int64
     kv_slots: Tensor  # (num_tokens,) int64, block * block_size + offset: where each token's key and value go
     num_decode: int  # rows with one token; their tokens are the step's first ones
@@ -105,4 +109,19 @@ class BatchMetadata:
     block_tables: Tensor  # (num_rows, max_blocks) int64
     block_size: int
     max_seen: int  # the largest position of the step, and one
-    lora: LoraBatch | None  # None: no row of the step wears an adapter
+    lora: LoraBatch | None  # None: no row of the step wears an adapter; its pool is on the device
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the step."""
+        return len(self.row_starts) - 1
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row has one token, and wants the next one."""
+        return self.num_decode == self.num_rows and torch.equal(self.sampled, torch.arange(self.num_rows))
+
+    def to(self, device: torch.device) -> "BatchMetadata":
+        """The same with its tensors on a device."""
+        names = ("token_ids", "sampled", "positions", "kv_slots", "block_tables")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})

@@ -6,9 +6,10 @@ is regrouped when lines come and go.
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from npc_kernels import cpu_rows
@@ -19,13 +20,16 @@ from npc_kernels.cpu_draw import draw, draw_rows
 from npc_kernels.cpu_gemm import PackedLinear
 from npc_kernels.cpu_jit import Work, compiled, run
 from npc_kernels.cpu_rows import TILE
+from npc_kernels.cpu_tape import Tape, prepare_tapes
 from npc_kernels.reference import HeadNorms, PlannedRow, Product, attend_row, plan_rows
 
 __all__ = [
     "Linear",
     "Plan",
+    "Room",
     "begin",
     "draw",
+    "embed",
     "finish_gate_up",
     "finish_qkv",
     "finish_residual",
@@ -34,10 +38,14 @@ __all__ = [
     "plan",
     "prepare",
     "project",
+    "room",
 ]
 
 MAX_CODE_ROWS = {torch.bfloat16: 1, torch.float32: 4}
 """Rows up to which a linear is faster from its 4- or 8-bit codes than from its dense weight (kernels/README.md)."""
+
+SEEN_STEP = 256
+"""Positions by which the room of a recording grows."""
 
 MAX_ATTENDED = 64
 """Tokens whose attention is computed by one call; what they need beside is in proportion."""
@@ -55,21 +63,57 @@ class Linear:
     def __call__(
         self,
         x: Tensor,  # (num_tokens, in_features)
-    ) -> Tensor:  # (num_tokens, out_features)
+        tape: Tape | None = None,
+        *,
+        wide: bool = False,
+    ) -> Tensor:  # (num_tokens, out_features), of x's dtype, or float32 if `wide`
         """`x @ weight.T + bias`."""
         if self._codes is not None and len(x) <= self._max_rows:
-            return self._codes.multiply(x)
-        return self._dense(x)
+            return self._codes.multiply(x, tape, wide=wide)
+        if tape is not None:
+            tape.is_whole = False
+        out = self._dense(x)
+        return out.float() if wide else out
 
 
 def prepare(dtype: torch.dtype, on_progress: Callable[[float], None]) -> None:
     """Compile everything, which takes seconds the first time; later it is read from numba's cache."""
-    kernels = [cpu_rows.norm, cpu_rows.residual, cpu_rows.gate_up, cpu_rows.qkv, attend, multiply_codes, multiply_bytes]
+    rows = [cpu_rows.embed, cpu_rows.norm, cpu_rows.residual, cpu_rows.gate_up, cpu_rows.qkv]
+    kernels = [*rows, attend, multiply_codes, multiply_bytes]
     wanted = [*((kernel, dtype) for kernel in kernels), (draw_rows, torch.float32)]
+    prepare_tapes()
     for done, (kernel, of) in enumerate(wanted):
         on_progress(done / len(wanted))
         compiled(kernel, of)
     on_progress(1.0)
+
+
+class Room(NamedTuple):
+    """What the steps of a recording have in common."""
+
+    num_rows: int
+    num_live: int  # adapter pages
+    max_seen: int  # rounded up
+
+
+class _Step(NamedTuple):
+    """The tensors of a step whose addresses the kernels are told."""
+
+    token_ids: Tensor  # (num_tokens,) int64
+    positions: Tensor  # (num_tokens,) int64
+    kv_slots: Tensor  # (num_tokens,) int64
+    tables: Tensor  # (num_rows, max_blocks) int64
+    live: Tensor  # (num_live,) int64
+    mask: Tensor  # (num_tokens, num_live) bool
+
+    @classmethod
+    def of(cls, batch: BatchMetadata, room: Room | None) -> "_Step":
+        tables, lora = batch.block_tables, batch.lora
+        if room is not None:
+            tables = F.pad(tables, (0, room.max_seen // batch.block_size - tables.shape[1]))
+        live = torch.tensor([] if lora is None else lora.live, dtype=torch.long)
+        mask = torch.zeros(0, dtype=torch.bool) if lora is None else lora.mask(batch.row_starts)
+        return cls(batch.token_ids, batch.positions, batch.kv_slots, tables, live, mask)
 
 
 class Plan:
@@ -79,16 +123,57 @@ class Plan:
     """
 
     def __init__(
-        self, batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: "Plan | None", *, exact: bool = False
+        self,
+        batch: BatchMetadata,
+        cos: Tensor,
+        sin: Tensor,
+        previous: "Plan | None" = None,
+        *,
+        exact: bool = False,
+        room: Room | None = None,
     ) -> None:
         self.work = Work()
+        self.tape: Tape | None = None  # while the step is recorded
+        self.sampled = None if batch.is_decode else batch.sampled
         self.num_attended = len(batch.positions) if exact else batch.num_decode  # tokens that the kernel attends
         self.rows: tuple[PlannedRow, ...] = () if exact else tuple(plan_rows(batch, first=batch.num_decode))
-        self._scratch: dict[str, Tensor] = previous._scratch if previous is not None else {}
-        self._kept: list[Tensor] = [cos, sin, batch.positions, batch.kv_slots, batch.block_tables]
+        # A recording keeps the addresses of its scratch, which must not grow with other steps.
+        self._scratch: dict[str, Tensor] = previous._scratch if previous is not None and room is None else {}
+        self._kept: list[Tensor] = [cos, sin]
+        self._room = room
+        self._step = _Step.of(batch, room)
         self._describe_tiles(batch, tile=1 if exact else TILE)
         self._describe_rows(batch, cos, sin)
         self._describe_adapters(batch)
+
+    def refill(self, batch: BatchMetadata) -> None:
+        """Take another step of the same room into the same memory."""
+        for mine, given in zip(self._step, _Step.of(batch, self._room), strict=True):
+            mine.copy_(given)
+
+    def record(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
+        """Compute the step, and return what computes it again; None if torch multiplied, which no tape holds."""
+        self.tape = tape = Tape()
+        result = compute()
+        self.tape = None
+        if not tape.is_whole:
+            return None
+        tape.close()
+
+        def replay() -> Tensor:
+            tape.play()
+            return result
+
+        return replay
+
+    def empty(self, *size: int, dtype: torch.dtype) -> Tensor:
+        """Memory for a result; while the step is recorded it stays where it is."""
+        result = torch.empty(size, dtype=dtype)
+        return result if self.tape is None else self.tape.keep(result)
+
+    def run(self, kernel: Any, num_items: int, dtype: torch.dtype) -> None:
+        """Run a kernel on the plan's struct over so many items."""
+        run(kernel, self.work, num_items, dtype, self.tape)
 
     def finish(self, kernel: Any, product: Product, span: LoraSpan, result: Tensor) -> Tensor:
         """Run a kernel that takes what a linear made of x, over all tiles."""
@@ -103,13 +188,15 @@ class Plan:
         work.wide_out = self.scratch("wide_out", work.num_tokens * work.width)
         work.wide_x = self.scratch("wide_x", work.num_tokens * work.in_features)
         work.result = result.data_ptr()
-        run(kernel, work, self.num_tiles, x.dtype)
+        self.run(kernel, self.num_tiles, x.dtype)
         return result
 
     def scratch(self, name: str, size: int) -> int:
         """Address of at least so many float32, kept from step to step."""
         if name not in self._scratch or self._scratch[name].numel() < size:
             self._scratch[name] = torch.empty(size, dtype=torch.float32)
+            if self.tape is not None:
+                self.tape.keep(self._scratch[name])
         return self._scratch[name].data_ptr()
 
     def _describe_tiles(self, batch: BatchMetadata, tile: int) -> None:
@@ -122,26 +209,26 @@ class Plan:
         self.work.tiles = self._keep(torch.tensor([*tiles, len(batch.positions)]))
 
     def _describe_rows(self, batch: BatchMetadata, cos: Tensor, sin: Tensor) -> None:
-        work = self.work
+        work, step = self.work, self._step
         sizes = torch.tensor([stop - start for start, stop in pairwise(batch.row_starts)])
         work.token_rows = self._keep(torch.arange(len(sizes)).repeat_interleave(sizes))
         work.num_tokens = len(batch.positions)
+        work.token_ids = step.token_ids.data_ptr()
         work.cos, work.sin = cos.data_ptr(), sin.data_ptr()
-        work.positions, work.kv_slots = batch.positions.data_ptr(), batch.kv_slots.data_ptr()
-        work.tables, work.max_blocks = batch.block_tables.data_ptr(), batch.block_tables.shape[1]
+        work.positions, work.kv_slots = step.positions.data_ptr(), step.kv_slots.data_ptr()
+        work.tables, work.max_blocks = step.tables.data_ptr(), step.tables.shape[1]
         work.block_size = batch.block_size
-        work.max_seen = int(batch.positions[: self.num_attended].max()) + 1 if self.num_attended else 0
+        seen = batch.positions[: self.num_attended]
+        work.max_seen = self._room.max_seen if self._room else int(seen.max()) + 1 if len(seen) else 0
         work.shrunk = self.scratch("shrunk", 3 * PAGE_RANK * work.num_tokens)
 
     def _describe_adapters(self, batch: BatchMetadata) -> None:
-        lora, work = batch.lora, self.work
-        if lora is None:
-            work.num_live = 0
-            return
-        assert lora.multipliers is None, "no loader makes them yet"
-        work.pool, work.page_size = lora.pool.data_ptr(), lora.pool.shape[1]
-        work.live, work.num_live = self._keep(torch.tensor(lora.live)), len(lora.live)
-        work.mask = self._keep(lora.mask(batch.row_starts))
+        lora, work, step = batch.lora, self.work, self._step
+        work.num_live = len(step.live)
+        if lora is not None:
+            assert lora.multipliers is None, "no loader makes them yet"
+            work.pool, work.page_size = lora.pool.data_ptr(), lora.pool.shape[1]
+            work.live, work.mask = step.live.data_ptr(), step.mask.data_ptr()
 
     def _keep(self, tensor: Tensor) -> int:
         """Address of a tensor that lives as long as the plan."""
@@ -149,9 +236,29 @@ class Plan:
         return tensor.data_ptr()
 
 
-def plan(batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: Any = None) -> Plan:
+def room(batch: BatchMetadata) -> Room | None:
+    """Steps of few tokens may have all their products from codes, and can then be recorded."""
+    if not batch.is_decode or not 0 < batch.num_rows <= max(MAX_CODE_ROWS.values()):
+        return None
+    num_live = 0 if batch.lora is None else len(batch.lora.live)
+    return Room(batch.num_rows, num_live, -(-batch.max_seen // SEEN_STEP) * SEEN_STEP)
+
+
+def plan(batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: Any = None, *, room: Room | None = None) -> Plan:
     """Prepare a step."""
-    return Plan(batch, cos, sin, previous)
+    return Plan(batch, cos, sin, previous, room=room)
+
+
+def embed(
+    table: Tensor,  # (vocab, hidden)
+    plan: Plan,
+) -> Tensor:  # (num_tokens, hidden) float32
+    """The residual stream before the first layer."""
+    work = plan.work
+    hidden = plan.empty(work.num_tokens, table.shape[1], dtype=torch.float32)
+    work.x, work.hidden, work.width = table.data_ptr(), hidden.data_ptr(), table.shape[1]
+    plan.run(cpu_rows.embed, work.num_tokens, table.dtype)
+    return hidden
 
 
 def begin(
@@ -161,22 +268,22 @@ def begin(
     eps: float,
 ) -> Tensor:  # (num_tokens, size), of the weight's dtype
     """The norm before the first linear."""
-    result = torch.empty(hidden.shape, dtype=weight.dtype)
+    result = plan.empty(*hidden.shape, dtype=weight.dtype)
     work = plan.work
     work.hidden, work.width = hidden.data_ptr(), hidden.shape[1]
     work.weight, work.eps, work.result = weight.data_ptr(), eps, result.data_ptr()
-    run(cpu_rows.norm, work, len(hidden), weight.dtype)
+    plan.run(cpu_rows.norm, len(hidden), weight.dtype)
     return result
 
 
 def project(linear: Linear, x: Tensor, plan: Plan, span: LoraSpan) -> Product:
     """As the twin, the bias included."""
-    return Product(linear(x), x, None)
+    return Product(linear(x, plan.tape), x, None)
 
 
-def head(linear: Linear, x: Tensor, tokens: Tensor, plan: Plan) -> Tensor:
+def head(linear: Linear, x: Tensor, plan: Plan) -> Tensor:
     """As the twin."""
-    return linear(x[tokens]).float()
+    return linear(x if plan.sampled is None else x[plan.sampled], plan.tape, wide=True)
 
 
 def finish_qkv(
@@ -197,7 +304,7 @@ def finish_qkv(
     work.q_norm = 0 if norms.q is None else norms.q.data_ptr()
     work.k_norm = 0 if norms.k is None else norms.k.data_ptr()
     work.eps, work.rotates = norms.eps, rotates
-    result = torch.empty(len(product.x), work.num_heads, work.head_dim, dtype=product.x.dtype)
+    result = plan.empty(len(product.x), work.num_heads, work.head_dim, dtype=product.x.dtype)
     return plan.finish(cpu_rows.qkv, product, span, result)
 
 
@@ -208,7 +315,7 @@ def paged_attention(
     plan: Plan,
 ) -> Tensor:  # (num_tokens, num_heads * head_dim)
     """As the twin: rows with one token by the compiled kernel, prompts by torch."""
-    result = torch.empty_like(q)
+    result = plan.empty(*q.shape, dtype=q.dtype)
     work = plan.work
     work.num_kv_heads, work.head_dim, work.num_heads = *k_cache.shape[-2:], q.shape[1]
     work.x, work.result = q.data_ptr(), result.data_ptr()
@@ -221,7 +328,7 @@ def paged_attention(
         work.scores = plan.scratch("scores", num_tokens * work.num_heads * work.max_seen)
         work.wide_out = plan.scratch("wide_out", 2 * num_tokens * work.num_heads * work.head_dim)
         work.wide_x = plan.scratch("wide_x", num_tokens * work.num_kv_heads * CHUNK * work.head_dim)
-        run(attend, work, num_tokens * work.num_parts, q.dtype)
+        plan.run(attend, num_tokens * work.num_parts, q.dtype)
     for row in plan.rows:
         result[row.start : row.stop] = attend_row(q[row.start : row.stop], k_cache, v_cache, row)
     return result.flatten(1)
@@ -238,7 +345,7 @@ def finish_residual(
     """As the twin."""
     work = plan.work
     work.hidden, work.weight, work.eps = hidden.data_ptr(), weight.data_ptr(), eps
-    return plan.finish(cpu_rows.residual, product, span, torch.empty(hidden.shape, dtype=weight.dtype))
+    return plan.finish(cpu_rows.residual, product, span, plan.empty(*hidden.shape, dtype=weight.dtype))
 
 
 def finish_gate_up(
@@ -248,5 +355,5 @@ def finish_gate_up(
 ) -> Tensor:  # (num_tokens, intermediate)
     """As the twin."""
     out = product.out
-    result = torch.empty(len(out), out.shape[1] // 2, dtype=out.dtype)
+    result = plan.empty(len(out), out.shape[1] // 2, dtype=out.dtype)
     return plan.finish(cpu_rows.gate_up, product, span, result)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from npc_kernels.batch import Codes
 from npc_kernels.cpu_jit import F32, FAST, Work, array, narrow, next_item, run, wide, work_of
+from npc_kernels.cpu_tape import Tape
 
 __all__ = ["LANES", "PackedCodes", "multiply_bytes", "multiply_codes"]
 
@@ -41,16 +42,22 @@ class PackedCodes:
     def multiply(
         self,
         x: Tensor,  # (num_tokens, in_features)
-    ) -> Tensor:  # (num_tokens, out_features)
+        tape: Tape | None = None,
+        *,
+        wide: bool = False,
+    ) -> Tensor:  # (num_tokens, out_features), of x's dtype, or float32 if `wide`
         """`x @ weight.T`."""
         x = x.contiguous()
         result = torch.empty(len(x), self._out_features, dtype=x.dtype)
         scratch = torch.empty(result.shape)
+        if tape is not None:
+            tape.keep(result)
+            tape.keep(scratch)
         work = self._work
         work.x, work.num_tokens = x.data_ptr(), len(x)
         work.result, work.wide_out = result.data_ptr(), scratch.data_ptr()
-        run(self._kernel, work, self._num_blocks, x.dtype)
-        return result
+        run(self._kernel, work, self._num_blocks, x.dtype, tape)
+        return scratch if wide else result
 
 
 @njit(fastmath=FAST)

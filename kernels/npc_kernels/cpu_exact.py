@@ -13,8 +13,10 @@ from torch import Tensor
 from npc_kernels.batch import BatchMetadata, Codes
 from npc_kernels.cpu import (
     Plan,
+    Room,
     begin,
     draw,
+    embed,
     finish_gate_up,
     finish_qkv,
     finish_residual,
@@ -24,12 +26,14 @@ from npc_kernels.cpu import (
     project,
 )
 from npc_kernels.cpu_gemm import PackedLinear
+from npc_kernels.cpu_tape import Tape
 
 __all__ = [
     "ROWS",
     "Linear",
     "begin",
     "draw",
+    "embed",
     "finish_gate_up",
     "finish_qkv",
     "finish_residual",
@@ -38,6 +42,7 @@ __all__ = [
     "plan",
     "prepare",
     "project",
+    "room",
 ]
 
 ROWS = 16
@@ -53,12 +58,20 @@ class Linear:
     def __call__(
         self,
         x: Tensor,  # (num_tokens, in_features)
-    ) -> Tensor:  # (num_tokens, out_features)
+        tape: Tape | None = None,
+        *,
+        wide: bool = False,
+    ) -> Tensor:  # (num_tokens, out_features), of x's dtype, or float32 if `wide`
         """`x @ weight.T + bias`."""
         padded = F.pad(x, (0, 0, 0, -len(x) % ROWS))
-        return torch.cat([self._dense(block) for block in torch.split(padded, ROWS)])[: len(x)]
+        out = torch.cat([self._dense(block) for block in torch.split(padded, ROWS)])[: len(x)]
+        return out.float() if wide else out
 
 
-def plan(batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: Any = None) -> Plan:
+def room(batch: BatchMetadata) -> None:
+    """Torch multiplies, and what torch does is not recorded."""
+
+
+def plan(batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: Any = None, *, room: Room | None = None) -> Plan:
     """Prepare a step."""
     return Plan(batch, cos, sin, previous, exact=True)

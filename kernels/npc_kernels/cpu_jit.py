@@ -11,7 +11,7 @@ import ctypes
 import functools
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from numba import carray, cfunc, from_dtype, njit, types
 from numba.extending import intrinsic
 
 from npc_kernels.openmp import run_on_all_threads
+
+if TYPE_CHECKING:
+    from npc_kernels.cpu_tape import Tape
 
 __all__ = [
     "F32",
@@ -42,7 +45,7 @@ FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 NUMBERS = [
     *["element", "counter", "num_items", "num_tokens"],  # what is worked on
-    *["tiles", "hidden", "x", "out", "result", "weight", "width"],
+    *["tiles", "token_ids", "hidden", "x", "out", "result", "weight", "width"],
     *["pool", "page_size", "live", "num_live", "mask"],  # adapters
     *["span_start", "in_features", "num_slices", "slice0", "slice1", "slice2"],
     *["wide_x", "wide_out", "shrunk", "scores"],  # scratch, float32
@@ -71,13 +74,16 @@ def compiled(kernel: Any, dtype: torch.dtype) -> int:
     return address
 
 
-def run(kernel: Any, work: Work, num_items: int, dtype: torch.dtype) -> None:
-    """Run a kernel over so many items on torch's threads."""
+def run(kernel: Any, work: Work, num_items: int, dtype: torch.dtype, tape: "Tape | None" = None) -> None:
+    """Run a kernel over so many items on torch's threads, and record that."""
     counter = ctypes.c_int64()
     work.counter, work.num_items = ctypes.addressof(counter), num_items
     # All or one: GNU's OpenMP ends the threads that a smaller team leaves out, and must start them again.
     num_threads = torch.get_num_threads() if num_items > 1 else 1
-    run_on_all_threads(compiled(kernel, dtype), ctypes.addressof(work), num_threads)
+    address = compiled(kernel, dtype)
+    run_on_all_threads(address, ctypes.addressof(work), num_threads)
+    if tape is not None:
+        tape.add(address, work, num_threads)
 
 
 _KEPT: list[Any] = []

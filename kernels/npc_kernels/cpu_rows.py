@@ -8,7 +8,7 @@ from numba import njit
 
 from npc_kernels.cpu_jit import F32, FAST, array, exp, narrow, next_item, wide, work_of
 
-__all__ = ["TILE", "gate_up", "norm", "qkv", "residual"]
+__all__ = ["TILE", "embed", "gate_up", "norm", "qkv", "residual"]
 
 TILE = 4
 """Tokens of one row that share the reading of an adapter."""
@@ -127,6 +127,20 @@ def _normalise(row: Any, weight: Any, eps: Any, result: Any) -> None:
     factor = F32(1) / math.sqrt(total / F32(row.shape[0]) + F32(eps))
     for k in range(row.shape[0]):
         result[k] = narrow(row[k] * factor * wide(weight[k]), result[k])
+
+
+def embed(work: Any) -> None:
+    """`hidden = x[token_ids]`, in float32."""
+    w = work_of(work)
+    token_ids = array(w.token_ids, (w.num_tokens,), 0)
+    hidden = array(w.hidden, (w.num_tokens, w.width), F32(0))
+    item = next_item(w)
+    while item < w.num_items:
+        table = array(w.x, (token_ids[item] + 1, w.width), w.element)
+        row, stored = hidden[item], table[token_ids[item]]
+        for k in range(w.width):
+            row[k] = wide(stored[k])
+        item = next_item(w)
 
 
 def norm(work: Any) -> None:

@@ -12,6 +12,7 @@ beside the row, and whoever finishes the next linear applies the factor (`gemm.A
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,12 +23,20 @@ from npc_kernels.gpu_plan import SEGMENT, Plan
 from npc_kernels.lora import Adapters, AdapterSizes, expand_tile, load_tokens
 from npc_kernels.reference import HeadNorms
 
-__all__ = ["begin", "finish_gate_up", "finish_qkv", "finish_residual"]
+__all__ = ["begin", "embed", "finish_gate_up", "finish_qkv", "finish_residual"]
 
 BLOCK = 128
 """Columns of one program; of the residual stream also the width of a tile of squares."""
 
 WIDTH = tl.constexpr(SEGMENT)
+
+
+def embed(
+    table: Tensor,  # (vocab, size)
+    plan: Plan,
+) -> Tensor:  # (num_tokens, size) float32
+    """The residual stream before the first layer."""
+    return F.embedding(plan.step.token_ids, table).float()
 
 
 class _Product(NamedTuple):
@@ -54,7 +63,7 @@ class _ProductSizes(NamedTuple):
 def _describe(product: Planes, plan: Plan, span: LoraSpan) -> tuple[_Product, Adapters, _ProductSizes, AdapterSizes]:
     """A product for the kernels that finish it; what it lacks is never read."""
     out, bias, squares = product.out, product.bias, product.squares
-    multipliers = None if plan.batch.lora is None else plan.batch.lora.multipliers
+    multipliers = None if plan.lora is None else plan.lora.multipliers
     sizes = _ProductSizes(
         N=out.shape[2],
         SPLIT=len(out),
@@ -234,15 +243,15 @@ def finish_qkv(
         norms.eps,
         plan.cos,
         plan.sin,
-        plan.batch.positions,
-        plan.batch.kv_slots,
+        plan.step.positions,
+        plan.step.kv_slots,
     )
     half = head_dim // 2
     sizes = _HeadSizes(
         num_heads, num_kv_heads, half, max(16, triton.next_power_of_2(half)), norms.q is not None, rotates
     )
     if plan.num_tokens:
-        _qkv_kernel[(len(plan.tokens), num_heads + 2 * num_kv_heads)](
+        _qkv_kernel[(len(plan.step.tokens), num_heads + 2 * num_kv_heads)](
             told, adapters, heads, P=product_sizes, A=adapter_sizes, H=sizes, num_warps=4
         )
     return q
@@ -291,7 +300,7 @@ def finish_residual(
     squares = torch.empty((num_tiles, num_tokens), dtype=torch.float32, device=hidden.device)
     told, adapters, product_sizes, adapter_sizes = _describe(product, plan, span)
     if num_tokens:
-        _residual_kernel[(len(plan.tokens), num_tiles)](
+        _residual_kernel[(len(plan.step.tokens), num_tiles)](
             told, adapters, hidden, weight, values, squares, P=product_sizes, A=adapter_sizes, BLOCK=BLOCK, num_warps=4
         )
     return Activations(values, squares, eps)
@@ -321,7 +330,7 @@ def finish_gate_up(
     result = torch.empty((plan.num_tokens, size), dtype=product.dtype, device=product.out.device)
     told, adapters, product_sizes, adapter_sizes = _describe(product, plan, span)
     if plan.num_tokens:
-        _gate_up_kernel[(len(plan.tokens), triton.cdiv(size, BLOCK))](
+        _gate_up_kernel[(len(plan.step.tokens), triton.cdiv(size, BLOCK))](
             told, adapters, result, P=product_sizes, A=adapter_sizes, BLOCK=BLOCK, num_warps=4
         )
     return result

@@ -315,10 +315,10 @@ def _head_kernel(
 def head(
     linear: Linear,
     x: Tensor | Activations,  # (num_tokens, in_features)
-    tokens: Tensor,  # (num_rows,) int64
     plan: Plan,
-) -> Tensor:  # (num_rows, out_features) float32
-    """`norm(x) @ weight.T + bias` of some tokens."""
+) -> Tensor:  # (num_sampled, out_features) float32
+    """`norm(x) @ weight.T + bias` of the sampled tokens."""
+    tokens = plan.step.sampled
     values = x.values if isinstance(x, Activations) else x
     assert values.is_contiguous()
     result = torch.empty((len(tokens), linear.out_features), dtype=torch.float32, device=values.device)

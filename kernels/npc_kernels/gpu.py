@@ -8,9 +8,9 @@ One more, which combines the attention's chunks, where a row is longer than 256 
 """
 
 from npc_kernels.attention import paged_attention
-from npc_kernels.fused import begin, finish_gate_up, finish_qkv, finish_residual
+from npc_kernels.fused import begin, embed, finish_gate_up, finish_qkv, finish_residual
 from npc_kernels.gemm import Linear, head, project
-from npc_kernels.gpu_plan import plan
+from npc_kernels.gpu_plan import plan, room
 from npc_kernels.reference import prepare
 from npc_kernels.sampling import draw
 
@@ -18,6 +18,7 @@ __all__ = [
     "Linear",
     "begin",
     "draw",
+    "embed",
     "finish_gate_up",
     "finish_qkv",
     "finish_residual",
@@ -26,4 +27,5 @@ __all__ = [
     "plan",
     "prepare",
     "project",
+    "room",
 ]

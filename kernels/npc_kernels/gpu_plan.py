@@ -9,18 +9,23 @@ The example of `batch.py`, row 0 with page 5 (1 token), row 1 with pages 2 and 7
     0          1  2  3 -1 ... -1         2  7 -1 -1              0       0, 0, 1
     1          0 -1 -1 -1 ... -1         5 -1 -1 -1              1       1, 1, 3
 
-Everything is one int32 tensor on the host and one copy to the device.
+Everything is one int32 tensor in main memory and one copy to the device. A step in which everybody speaks is a CUDA
+graph's: its numbers go into buffers that are large enough for all such steps (`Room`), and rows without a line are left
+over.
 """
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from npc_kernels.batch import BatchMetadata
+from npc_kernels.batch import BatchMetadata, LoraBatch
 
-__all__ = ["CHUNK", "SEGMENT", "Plan", "plan", "plan_segments", "plan_tiles"]
+__all__ = ["CHUNK", "SEGMENT", "Plan", "Room", "Step", "plan", "plan_segments", "plan_tiles", "room"]
 
 SEGMENT = 16
 """Tokens of a segment."""
@@ -32,7 +37,10 @@ DECODE_QUERIES, PREFILL_QUERIES = 4, 8
 """Tokens that a tile has room for, in a step in which every row has one token, and else."""
 
 PAGE_CLASSES = (0, 1, 4, 8)
-"""Pages that a segment has room for; a kernel is compiled, and later a graph captured, for each class."""
+"""Pages that a segment has room for; a kernel is compiled, and a graph captured, for each class."""
+
+BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+"""Rows of a graph."""
 
 
 class _Segment(NamedTuple):
@@ -50,58 +58,163 @@ class _Tile(NamedTuple):
     num_tokens: int
 
 
-class Plan(NamedTuple):
-    """A step, described for the kernels; all tensors int32 on the device."""
+class Room(NamedTuple):
+    """What the steps of one CUDA graph have in common: its buffers and grids are of these sizes."""
 
-    batch: BatchMetadata
-    cos: Tensor  # (context, head_dim / 2) float32
-    sin: Tensor  # (context, head_dim / 2) float32
+    num_rows: int
+    max_pages: int
+    num_chunks: int
+
+
+class Step(NamedTuple):
+    """A step's numbers, int32: views of one tensor, so that they are one copy."""
+
+    token_ids: Tensor  # (num_tokens,)
+    sampled: Tensor  # (num_sampled,)
+    positions: Tensor  # (num_tokens,)
+    kv_slots: Tensor  # (num_tokens,)
+    tables: Tensor  # (num_rows, max_blocks)
     tokens: Tensor  # (num_segments, 16), -1 where there is none
     pages: Tensor  # (num_segments, max_pages), -1 where there is none
-    tiles: Tensor  # (num_tiles, 3): row, first token, tokens
+    tiles: Tensor  # (num_tiles, 3): row, first token, tokens; a tile without tokens is nobody's
+
+    @classmethod
+    def of(cls, packed: Tensor, shapes: list[tuple[int, ...]]) -> "Step":
+        """Cut the tensor into parts of these shapes."""
+        parts = torch.split(packed, [math.prod(shape) for shape in shapes])
+        return cls(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step, described for the kernels."""
+
+    lora: LoraBatch | None
+    cos: Tensor  # (context, head_dim / 2) float32
+    sin: Tensor  # (context, head_dim / 2) float32
+    step: Step  # on the device
     tile_queries: int  # tokens that a tile has room for
     num_chunks: int  # of the longest row
+    packed: Tensor  # what `step` has views of
+    host: Tensor  # the same in main memory; pinned, where there is a GPU
+    memory: list[Any]  # of all CUDA graphs together: torch's handle, or nothing yet
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the step."""
-        return len(self.batch.positions)
+        return len(self.step.positions)
 
     @property
     def max_pages(self) -> int:
         """Pages that a segment has room for."""
-        return self.pages.shape[1]
+        return self.step.pages.shape[1]
+
+    def refill(self, batch: BatchMetadata) -> None:
+        """Take another step of the same room into the same memory: one copy, of which nobody waits for the end.
+
+        The last copy has long ended: since then somebody has read the tokens of its step.
+        """
+        shapes = [tuple(part.shape) for part in self.step]
+        _write(Step.of(self.host, shapes), batch, plan_segments(batch), plan_tiles(batch, self.tile_queries))
+        self.packed.copy_(self.host, non_blocking=True)
+
+    def record(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Capture the step as a CUDA graph and return what launches it; the interpreter computes it call by call."""
+        if self.packed.device.type != "cuda":
+            return compute
+        compute()  # compiles what is not compiled yet, which cannot be captured
+        graph = torch.cuda.CUDAGraph()
+        if not self.memory:
+            self.memory.append(torch.cuda.graph_pool_handle())
+        # Of this thread alone: the adapter loader's copies on its own stream have nothing to do with it.
+        with torch.cuda.graph(graph, pool=self.memory[0], capture_error_mode="thread_local"):
+            result = compute()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
 
 
-def plan(batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: Any = None) -> Plan:
-    """Describe a step."""
-    queries = DECODE_QUERIES if batch.num_decode == len(batch.row_starts) - 1 else PREFILL_QUERIES
-    segments, tiles = plan_segments(batch), plan_tiles(batch, queries)
-    most = max((len(segment.pages) for segment in segments), default=0)
-    room = next(size for size in PAGE_CLASSES if size >= most)
-    parts = [
-        [token for segment in segments for token in _pad(segment.tokens, SEGMENT)],
-        [page for segment in segments for page in _pad(segment.pages, room)],
-        [number for tile in tiles for number in tile],
-    ]
-    packed = torch.tensor([number for part in parts for number in part], dtype=torch.int32)
-    sizes = [len(part) for part in parts]
-    tokens, pages, tile_numbers = torch.split(packed.to(batch.positions.device), sizes)
-    return Plan(
-        batch,
-        cos,
-        sin,
-        tokens=tokens.view(len(segments), SEGMENT),
-        pages=pages.view(len(segments), room),
-        tiles=tile_numbers.view(len(tiles), 3),
-        tile_queries=queries,
-        num_chunks=-(-batch.max_seen // CHUNK),
+def room(batch: BatchMetadata) -> Room | None:
+    """Steps in which everybody speaks are recorded, by the number of rows, of pages and of chunks, each rounded up."""
+    num_pages = max(map(len, batch.lora.pages)) if batch.lora is not None else 0
+    if not batch.is_decode or not 0 < batch.num_rows <= BUCKETS[-1] or num_pages > PAGE_CLASSES[-1]:
+        return None
+    return Room(
+        next(size for size in BUCKETS if size >= batch.num_rows),
+        _page_class(num_pages),
+        1 << (-(-batch.max_seen // CHUNK) - 1).bit_length(),
     )
+
+
+def plan(
+    batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: "Plan | None" = None, *, room: Room | None = None
+) -> Plan:
+    """Describe a step; with a room, in buffers that hold any step of that room."""
+    queries = DECODE_QUERIES if batch.num_decode == batch.num_rows else PREFILL_QUERIES
+    segments, tiles = plan_segments(batch), plan_tiles(batch, queries)
+    num_chunks = -(-batch.max_seen // CHUNK) if room is None else room.num_chunks
+    shapes = _shapes_of(batch, segments, tiles) if room is None else _shapes_for(room, batch.block_size)
+    on_gpu = cos.device.type == "cuda"
+    host = torch.empty(sum(map(math.prod, shapes)), dtype=torch.int32, pin_memory=on_gpu)
+    _write(Step.of(host, shapes), batch, segments, tiles)
+    packed = host.to(cos.device, non_blocking=True) if on_gpu else host.to(cos.device, copy=True)
+    return Plan(
+        lora=batch.lora,
+        cos=cos,
+        sin=sin,
+        step=Step.of(packed, shapes),
+        tile_queries=queries,
+        num_chunks=num_chunks,
+        packed=packed,
+        host=host,
+        memory=[] if previous is None else previous.memory,
+    )
+
+
+def _page_class(num_pages: int) -> int:
+    return next((size for size in PAGE_CLASSES if size >= num_pages), num_pages)
+
+
+def _shapes_of(batch: BatchMetadata, segments: list[_Segment], tiles: list[_Tile]) -> list[tuple[int, ...]]:
+    """The parts of a step by what is in it."""
+    most = _page_class(max((len(segment.pages) for segment in segments), default=0))
+    tokens = (len(batch.positions),)
+    tables: tuple[int, ...] = tuple(batch.block_tables.shape)
+    return [
+        *(tokens, (len(batch.sampled),), tokens, tokens, tables),
+        *((len(segments), SEGMENT), (len(segments), most), (len(tiles), 3)),
+    ]
+
+
+def _shapes_for(room: Room, block_size: int) -> list[tuple[int, ...]]:
+    """The parts of the largest step of a room: every row may be a segment of its own."""
+    rows, max_blocks = room.num_rows, room.num_chunks * CHUNK // block_size
+    return [(rows,), (rows,), (rows,), (rows,), (rows, max_blocks), (rows, SEGMENT), (rows, room.max_pages), (rows, 3)]
+
+
+def _write(step: Step, batch: BatchMetadata, segments: list[_Segment], tiles: list[_Tile]) -> None:
+    """Fill the parts of a step; the rows that are left over belong to no segment and no tile.
+
+    What is left of a table is as it was: nobody reads behind a row's last key.
+    """
+    for part, given in zip(step[:4], (batch.token_ids, batch.sampled, batch.positions, batch.kv_slots), strict=True):
+        part[: len(given)] = given
+        part[len(given) :] = 0
+    num_rows, num_blocks = batch.block_tables.shape
+    step.tables[:num_rows, :num_blocks] = batch.block_tables
+    tokens = [_pad(segment.tokens, SEGMENT) for segment in segments]
+    pages = [_pad(segment.pages, step.pages.shape[1]) for segment in segments]
+    for part, rows, nobody in ((step.tokens, tokens, -1), (step.pages, pages, -1), (step.tiles, tiles, 0)):
+        part[: len(rows)] = torch.tensor(rows, dtype=torch.int32).view(len(rows), part.shape[1])
+        part[len(rows) :] = nobody
 
 
 def plan_segments(batch: BatchMetadata) -> list[_Segment]:
     """Tokens grouped by their adapter, whatever row they are in."""
-    owned = batch.lora.pages if batch.lora is not None else ((),) * (len(batch.row_starts) - 1)
+    owned = batch.lora.pages if batch.lora is not None else ((),) * batch.num_rows
     groups: dict[tuple[int, ...], list[int]] = {}
     for pages, (start, stop) in zip(owned, pairwise(batch.row_starts), strict=True):
         groups.setdefault(pages, []).extend(range(start, stop))

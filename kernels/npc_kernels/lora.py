@@ -85,7 +85,7 @@ def adapters_of(plan: Plan, span: LoraSpan, x: Tensor) -> tuple[Adapters, Adapte
     planes = torch.empty(
         (split, plan.num_tokens, plan.max_pages, span.num_slices, PAGE_RANK), dtype=torch.float32, device=x.device
     )
-    pool = x if plan.batch.lora is None else plan.batch.lora.pool
+    pool = x if plan.lora is None else plan.lora.pool
     sizes = AdapterSizes(
         PAGE=pool.shape[1],
         K=span.in_features,
@@ -95,7 +95,7 @@ def adapters_of(plan: Plan, span: LoraSpan, x: Tensor) -> tuple[Adapters, Adapte
         PLANE=triton.cdiv(triton.cdiv(span.in_features, split), BLOCK_K.value) * BLOCK_K.value,
         OPERAND=operand(x.dtype),
     )
-    return Adapters(pool, plan.tokens, plan.pages, planes, plan.num_tokens, span.start, span.b_start), sizes
+    return Adapters(pool, plan.step.tokens, plan.step.pages, planes, plan.num_tokens, span.start, span.b_start), sizes
 
 
 @triton.jit

@@ -8,8 +8,9 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-__all__ = ["run_on_all_threads"]
+__all__ = ["fork_address", "run_on_all_threads"]
 
 Fork = Callable[[int, int, int, int], None]
 
@@ -21,6 +22,12 @@ def run_on_all_threads(function: int, argument: int, num_threads: int) -> None:
     none, the calling thread does all of it.
     """
     _fork()(function, argument, num_threads, 0)
+
+
+def fork_address() -> int:
+    """The address of `GOMP_parallel`, for compiled code that runs teams by itself; 0 where there is none."""
+    fork: Any = _fork()
+    return 0 if fork is _call_once else int(ctypes.cast(fork, ctypes.c_void_p).value or 0)
 
 
 @functools.cache

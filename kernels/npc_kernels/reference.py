@@ -28,6 +28,7 @@ __all__ = [
     "attend_row",
     "begin",
     "draw",
+    "embed",
     "finish_gate_up",
     "finish_qkv",
     "finish_residual",
@@ -42,6 +43,7 @@ __all__ = [
     "prepare",
     "project",
     "rms_norm",
+    "room",
     "silu_mul",
     "uniform",
     "write_kv",
@@ -109,10 +111,17 @@ def plan(
     cos: Tensor,  # (context, head_dim / 2) float32
     sin: Tensor,  # (context, head_dim / 2) float32
     previous: Any = None,  # the plan of the step before
+    *,
+    room: None = None,
 ) -> Plan:
     """Prepare a step."""
-    mask = None if batch.lora is None else batch.lora.mask(batch.row_starts)
+    batch = batch.to(cos.device)
+    mask = None if batch.lora is None else batch.lora.mask(batch.row_starts).to(cos.device)
     return Plan(batch, cos[batch.positions], sin[batch.positions], tuple(plan_rows(batch, first=0)), mask)
+
+
+def room(batch: BatchMetadata) -> None:
+    """What such steps have in common that can be recorded: nothing here."""
 
 
 def plan_rows(batch: BatchMetadata, *, first: int) -> Iterator[PlannedRow]:
@@ -221,6 +230,14 @@ def lora_expand(
         column, offset = column + width, offset + PAGE_RANK * width
 
 
+def embed(
+    table: Tensor,  # (vocab, hidden)
+    plan: Plan,
+) -> Tensor:  # (num_tokens, hidden) float32
+    """The residual stream before the first layer."""
+    return table[plan.batch.token_ids].float()
+
+
 def begin(
     hidden: Tensor,  # (num_tokens, hidden) float32
     plan: Plan,
@@ -244,11 +261,10 @@ def project(
 def head(
     linear: Linear,
     x: Tensor,  # (num_tokens, hidden)
-    tokens: Tensor,  # (num_rows,) int64
     plan: Plan,
-) -> Tensor:  # (num_rows, vocab) float32
-    """`x @ weight.T + bias` of some tokens: their logits."""
-    return F.linear(x[tokens], linear.weight, linear.bias).float()
+) -> Tensor:  # (num_sampled, vocab) float32
+    """`x @ weight.T + bias` of the sampled tokens: their logits."""
+    return F.linear(x[plan.batch.sampled], linear.weight, linear.bias).float()
 
 
 def finish_qkv(

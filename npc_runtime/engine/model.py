@@ -83,8 +83,23 @@ class Kernels(Protocol):
         """Do what takes long once, such as compiling."""
         ...
 
-    def plan(self, batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: Any = None) -> Any:
-        """Prepare a step; what it returns is `plan` below, and `previous` of the next step."""
+    def room(self, batch: BatchMetadata) -> Any:
+        """What the step has in common with others, so that one recording serves them all; None: it is not recorded.
+
+        Hashable, with `num_rows`: the recording may have more rows than the step.
+        """
+        ...
+
+    def plan(self, batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: Any = None, *, room: Any = None) -> Any:
+        """Prepare a step; what it returns is `plan` below, and `previous` of the next step.
+
+        With a room it has `record(compute)`, which returns what runs `compute` again without Python between the
+        kernels, or None where that cannot be; and `refill(batch)`, which takes another step of that room.
+        """
+        ...
+
+    def embed(self, table: Tensor, plan: Any) -> Tensor:
+        """The residual stream before the first layer."""
         ...
 
     def begin(self, hidden: Tensor, plan: Any, weight: Tensor, eps: float) -> Any:
@@ -95,8 +110,8 @@ class Kernels(Protocol):
         """The base GEMM, and what a module likes to do beside it: `product` below."""
         ...
 
-    def head(self, linear: Any, x: Any, tokens: Tensor, plan: Any) -> Tensor:
-        """The logits of some tokens, float32."""
+    def head(self, linear: Any, x: Any, plan: Any) -> Tensor:
+        """The logits of the sampled tokens, float32."""
         ...
 
     def finish_qkv(
@@ -253,20 +268,14 @@ class Decoder:
         """The device of the weights."""
         return self.embedding.device
 
-    def plan(self, batch: BatchMetadata, previous: Any = None) -> Any:
+    def plan(self, batch: BatchMetadata, previous: Any = None, *, room: Any = None) -> Any:
         """Prepare a step for `forward`; `previous` is the plan of the step before."""
-        return self.kernels.plan(batch, self._cos, self._sin, previous)
+        return self.kernels.plan(batch, self._cos, self._sin, previous, room=room)
 
-    def forward(
-        self,
-        token_ids: Tensor,  # (num_tokens,) int64
-        last_tokens: Tensor,  # (num_sampled,) int64
-        plan: Any,
-        kv: KvCache,
-    ) -> Tensor:  # (num_sampled, vocab) float32
+    def forward(self, plan: Any, kv: KvCache) -> Tensor:  # (num_sampled, vocab) float32
         """One pass over all rows of the step: writes their keys and values, returns the wanted logits."""
         kernels, eps = self.kernels, self.shape.norm_eps
-        hidden = self.embedding[token_ids].float()
+        hidden = kernels.embed(self.embedding, plan)
         x = kernels.begin(hidden, plan, self._layers[0].input_norm, eps)
         next_norms = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
         for index, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
@@ -279,7 +288,7 @@ class Decoder:
             product = kernels.project(layer.gate_up, x, plan, of_gate_up)
             product = kernels.project(layer.down, kernels.finish_gate_up(product, plan, of_gate_up), plan, of_down)
             x = kernels.finish_residual(product, hidden, plan, of_down, next_norm, eps)
-        return kernels.head(self.head, x, last_tokens, plan)
+        return kernels.head(self.head, x, plan)
 
 
 class _Weights:

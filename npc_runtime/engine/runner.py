@@ -1,7 +1,10 @@
 """All device state: the KV cache, the batch metadata, and the one forward pass of a step."""
 
 import itertools
+from collections import OrderedDict
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +17,18 @@ from npc_runtime.engine.model import Decoder, KvCache
 from npc_runtime.engine.scheduler import PlannedRow
 
 __all__ = ["Runner"]
+
+
+MAX_RECORDINGS = 128
+"""Recordings that are kept; each has buffers for its rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    """A step that can be run again, and the plan that says with which rows."""
+
+    plan: Any
+    replay: Callable[[], Tensor] | None  # None: steps like this cannot be recorded
 
 
 class Runner:
@@ -30,7 +45,8 @@ class Runner:
             dtype=decoder.dtype,
             device=decoder.device,
         )
-        self._plan: Any = None  # of the last step; kernels keep what they prepared in it
+        self._plan: Any = None  # of the last step that was not recorded; kernels keep what they prepared in it
+        self._recordings: OrderedDict[Any, _Recording] = OrderedDict()  # the least recently used first
         self.draw = decoder.kernels.draw
         self.num_forwards = 0
 
@@ -39,16 +55,35 @@ class Runner:
         """Run all rows in one forward pass; return the logits of those rows that sample, in order."""
         order = sorted(range(len(rows)), key=lambda number: rows[number].num_tokens > 1)
         ordered = [rows[number] for number in order]
-        token_ids = [token for row in ordered for token in row.sequence.tokens(row.start, row.stop)]
         stops = dict(zip(order, itertools.accumulate(row.num_tokens for row in ordered), strict=True))
-        last_tokens = self._tensor([stops[number] - 1 for number, row in enumerate(rows) if row.samples])
+        sampled = [stops[number] - 1 for number, row in enumerate(rows) if row.samples]
+        batch = self._describe(ordered, sampled)
         self.num_forwards += 1
-        self._plan = self._decoder.plan(self._describe(ordered), self._plan)
-        return self._decoder.forward(self._tensor(token_ids), last_tokens, self._plan, self._kv)
+        room = self._decoder.kernels.room(batch)
+        replay = None if room is None else self._find_recording(room, batch)
+        if replay is not None:
+            return replay()[: len(sampled)]
+        self._plan = self._decoder.plan(batch, self._plan)
+        return self._decoder.forward(self._plan, self._kv)
 
-    def _describe(self, rows: Rows[PlannedRow]) -> BatchMetadata:
+    def _find_recording(self, room: Any, batch: BatchMetadata) -> Callable[[], Tensor] | None:
+        """What computes the step without Python between its kernels, recorded when a room is seen first."""
+        recording = self._recordings.get(room)
+        if recording is None:
+            plan = self._decoder.plan(batch, room=room)
+            recording = _Recording(plan, plan.record(lambda: self._decoder.forward(plan, self._kv)))
+            self._recordings[room] = recording
+            if len(self._recordings) > MAX_RECORDINGS:
+                self._recordings.popitem(last=False)
+        elif recording.replay is not None:
+            recording.plan.refill(batch)
+        self._recordings.move_to_end(room)
+        return recording.replay
+
+    def _describe(self, rows: Rows[PlannedRow], sampled: list[int]) -> BatchMetadata:
         """Build the metadata that `npc_kernels.batch` explains with an example; rows of one token come first."""
         size = self._block_size
+        token_ids = [token for row in rows for token in row.sequence.tokens(row.start, row.stop)]
         num_blocks = max(-(-row.stop // size) for row in rows)
         tables = [[*row.sequence.blocks, *row.sequence.blocks[:1] * num_blocks][:num_blocks] for row in rows]
         places = [
@@ -57,11 +92,13 @@ class Runner:
             for position in range(row.start, row.stop)
         ]
         return BatchMetadata(
-            positions=self._tensor([position for position, _ in places]),
-            kv_slots=self._tensor([slot for _, slot in places]),
+            token_ids=torch.tensor(token_ids),
+            sampled=torch.tensor(sampled, dtype=torch.long),
+            positions=torch.tensor([position for position, _ in places]),
+            kv_slots=torch.tensor([slot for _, slot in places]),
             num_decode=sum(row.num_tokens == 1 for row in rows),
             row_starts=(0, *itertools.accumulate(row.num_tokens for row in rows)),
-            block_tables=self._tensor(tables),
+            block_tables=torch.tensor(tables),
             block_size=size,
             max_seen=max(row.stop for row in rows),
             lora=self._describe_adapters(rows),
@@ -72,6 +109,3 @@ class Runner:
         names = [row.sequence.request.adapter for row in rows]
         pages = tuple(() if name is None else tuple(self._adapters.pages_of(name)) for name in names)
         return LoraBatch(self._adapters.pool, pages) if any(pages) else None
-
-    def _tensor(self, values: list[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self._decoder.device)
