@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from npc_kernels.openmp import SLEEP
 from place import AVX2, ROOT, Place
 from processes import Group, OnProgress, Worker, make_venv
 from workload import Cell, Measured, adapter_folder
@@ -73,9 +74,8 @@ class Hosted:
 
 def make_engine(place: Place, *, avx2: bool = False) -> Hosted:
     """Our engine without daemon, in this venv; `avx2`: as it runs on a processor that has no more."""
-    return Hosted(
-        place, "npc-runtime", "work_engine.py", variant="AVX2" if avx2 else "", env=dict(AVX2) if avx2 else {}
-    )
+    env = {**SLEEP, **(AVX2 if avx2 else {})}  # as the daemon does
+    return Hosted(place, "npc-runtime", "work_engine.py", variant="AVX2" if avx2 else "", env=env)
 
 
 def make_peft(place: Place) -> Hosted:

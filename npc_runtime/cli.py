@@ -307,7 +307,10 @@ def _stop(*_: object) -> None:
 
 
 def _prepare_process() -> None:
-    """Keep the libraries quiet and offline (models come from folders, not from a hub), and stdout in UTF-8."""
+    """Keep the libraries quiet, offline (models come from folders, not from a hub) and modest; stdout in UTF-8."""
+    from npc_kernels.openmp import sleep_while_waiting
+
+    sleep_while_waiting()
     signal.signal(signal.SIGTERM, _stop)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")

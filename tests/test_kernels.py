@@ -2,6 +2,9 @@
 in its interpreter."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -309,6 +312,28 @@ def test_threads_that_share_out_the_work_are_torchs_own():
     """Two OpenMP libraries in one process would keep each other from the cores."""
     assert len({path for path in openmp._loaded_libraries() if "/torch/" in path}) == 1
     assert openmp._fork().__name__ == "GOMP_parallel"
+
+
+def test_threads_sleep_while_they_wait():
+    """Processor time of work of two threads with pauses in between: a thread that spins would use up these too."""
+    program = """
+import time
+from npc_kernels.openmp import sleep_while_waiting
+sleep_while_waiting()
+import torch
+torch.set_num_threads(2)
+x = torch.ones(100_000)
+x + x
+began = time.process_time()
+for _ in range(50):
+    x + x
+    time.sleep(0.01)
+print(time.process_time() - began)
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in openmp.SLEEP}
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert float(done.stdout) < 0.05
 
 
 def test_one_thread_does_all_the_work_where_openmp_is_another(monkeypatch):

@@ -1,18 +1,32 @@
 """Runs a compiled function on the threads that torch itself computes with.
 
-A pool of our own would fight with torch's for the cores: its threads keep spinning for a while after every operator.
+A pool of our own would fight with torch's for the cores.
 """
 
 import ctypes
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["fork_address", "run_on_all_threads"]
+__all__ = ["SLEEP", "fork_address", "run_on_all_threads", "sleep_while_waiting"]
+
+SLEEP = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
+"""Environment in which the threads of GNU's OpenMP, LLVM's and Intel's sleep while they wait."""
 
 Fork = Callable[[int, int, int, int], None]
+
+
+def sleep_while_waiting() -> None:
+    """Let threads sleep instead of spin while they wait for one another; call it before torch is imported.
+
+    A thread that spins takes the core from the one it waits for as soon as a game wants a core too: beside one busy
+    thread that is a factor of two to four (kernels/README.md). What the user has set stays.
+    """
+    for name, value in SLEEP.items():
+        os.environ.setdefault(name, value)
 
 
 def run_on_all_threads(function: int, argument: int, num_threads: int) -> None:
