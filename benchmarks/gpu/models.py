@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bench import bytes_of
 from npc_kernels import gpu
 from npc_kernels.batch import PAGE_RANK
-from npc_kernels.quant import quantize_int4, quantize_int8
+from npc_kernels.quant import dequantize, quantize_int4, quantize_int8
 from shapes import Model
 from torch import Tensor
 
+from gpu.setup import Setup
 from npc_runtime.engine.adapters import AdapterStore
 from npc_runtime.engine.core import Request, SamplingParams, Sequence
 from npc_runtime.engine.model import Decoder, Kernels, ModelShape, PageLayout
@@ -46,29 +48,32 @@ def make_config(shape: ModelShape) -> Any:
     )
 
 
-def make_base(model: Model, bits: int, device: torch.device, dtype: torch.dtype, *, kernels: Any = gpu) -> Base:
+def make_base(setup: Setup, model: Model, bits: int) -> Base:
     """A random base; with 4 bits its linears have 4 and its head has 8."""
-    linears: list[Any] = []
+    sizes: list[int] = []
     torch.manual_seed(0)
-    tensors = _tensors(model.shape, device, dtype)
-    decoder = Decoder(make_config(model.shape), tensors, kernels_for(model, bits, kernels=kernels, linears=linears))
-    parts = [part for linear in linears for part in (linear.values, linear.scale) if part is not None]
-    return Base(decoder, sum(part.nbytes for part in parts))
+    tensors = _tensors(model.shape, setup.device, setup.dtype)
+    decoder = Decoder(make_config(model.shape), tensors, kernels_for(setup.kernels, model, bits, sizes))
+    return Base(decoder, sum(sizes))
 
 
-def kernels_for(model: Model, bits: int, *, kernels: Any = gpu, linears: list[Any] | None = None) -> Kernels:
-    """The kernels, with linears that are quantized as they are made, and listed."""
+def kernels_for(kernels: Any, model: Model, bits: int, sizes: list[int] | None = None) -> Kernels:
+    """The kernels, with linears that are quantized as they are made; their bytes are added to `sizes`."""
+    shape = model.shape
+    widths = (shape.q_size + 2 * shape.kv_size, shape.hidden, 2 * shape.intermediate)
+    assert shape.vocab not in widths, "the head is known by its width"
 
     def make_linear(weight: Tensor, bias: Tensor | None = None, codes: Any = None) -> Any:
-        is_head = weight.shape[0] == model.shape.vocab
+        is_head = weight.shape[0] == shape.vocab
         # Layers are given the same tensors: each must have memory of its own, or a cache would hold them all.
         packed: Any = weight if is_head else weight.clone()
         if bits == 4:
             packed = quantize_int8(weight) if is_head else quantize_int4(weight, model.group)
-        linear = kernels.Linear(packed, bias)
-        if linears is not None:
-            linears.append(linear)
-        return linear
+        if sizes is not None:
+            sizes.append(bytes_of(packed))
+        if kernels is not gpu and bits == 4:  # the twins know dense weights only
+            packed = dequantize(packed).to(weight.dtype)
+        return kernels.Linear(packed, bias)
 
     names: Any = types.SimpleNamespace(**{**vars(kernels), "Linear": make_linear})
     return names  # type: ignore[no-any-return]
@@ -165,9 +170,7 @@ def make_store(
     max_pages: int = 1 << 20,
 ) -> AdapterStore:
     """An open store of random adapters; the first ones are in the pool, as many as it has pages for."""
-    store = AdapterStore(
-        decoder.shape, decoder.layout, dtype=decoder.dtype, device=decoder.device, max_pages=max_pages
-    )
+    store = AdapterStore(decoder.shape, decoder.layout, dtype=decoder.dtype, device=decoder.device, max_pages=max_pages)
     copies: Any = RandomCopies(decoder.layout, ranks, dtype=decoder.dtype, shared=shared, pinned=pinned)
     store.host = copies
     store.open()

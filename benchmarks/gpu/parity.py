@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from npc_kernels import gpu
 from npc_kernels.quant import dequantize, quantize_int4, quantize_int8
 from shapes import Model
 from torch import Tensor
@@ -43,9 +42,8 @@ class Parity:
 
     kind = "proof"
 
-    def __init__(self, setup: Setup, *, kernels: Any = gpu) -> None:
+    def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._kernels = kernels
         self._made: dict[tuple[str, str], _Cast] = {}
 
     @property
@@ -60,7 +58,7 @@ class Parity:
         _, family, base, what = item.split(", ")
         key = family, base
         if key not in self._made:
-            self._made[key] = _Cast(self._setup, family, is_int4=base == "int4", kernels=self._kernels)
+            self._made[key] = _Cast(self._setup, family, is_int4=base == "int4")
         cast = self._made[key]
         return cast.compare_tokens() if what == "tokens" else cast.compare_bfloat16()
 
@@ -68,14 +66,14 @@ class Parity:
 class _Cast:
     """A base, its oracle, and a line for every adapter and for none."""
 
-    def __init__(self, setup: Setup, family: str, *, is_int4: bool, kernels: Any) -> None:
+    def __init__(self, setup: Setup, family: str, *, is_int4: bool) -> None:
         self._setup = setup
         self._num_tokens = 24 if setup.on_gpu else 4
         self._folder = tempfile.TemporaryDirectory(prefix="npc-gpu-")
         self._config = _config_of(family, setup)
         self._model = _random_model(self._config, setup.device)
         self._shape = ModelShape.from_config(self._config)
-        self._kernels = kernels_for(Model(self._shape, GROUP), 4 if is_int4 else 16, kernels=kernels)
+        self._kernels = kernels_for(setup.kernels, Model(self._shape, GROUP), 4 if is_int4 else 16)
         self._weights = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
         if is_int4:
             _round_to_codes(self._model)
@@ -110,9 +108,7 @@ class _Cast:
     @cached_property
     def _spoken(self) -> dict[str | None, list[int]]:
         stage = Stage(*self._ours(torch.float32), EngineConfig(kv_tokens=1024, max_step_tokens=MAX_ROW))
-        sampling = SamplingParams(
-            seed=0, max_tokens=self._num_tokens, min_tokens=self._num_tokens, temperature=0.0
-        )
+        sampling = SamplingParams(seed=0, max_tokens=self._num_tokens, min_tokens=self._num_tokens, temperature=0.0)
         stage.say(
             [
                 Request(id=number, prompt_ids=prompt, sampling=sampling, arrival=0.0, adapter=name)
@@ -178,9 +174,9 @@ def _config_of(family: str, setup: Setup) -> Any:
     from transformers import LlamaConfig, Qwen3Config
 
     kind: Callable[..., Any] = {"Llama": LlamaConfig, "Qwen3": Qwen3Config}[family]
-    hidden, layers = (512, 4) if setup.on_gpu else (64, 2)
+    hidden, layers = (512, 4) if setup.on_gpu else (64, 1)
     return kind(
-        vocab_size=2048 if setup.on_gpu else 128,
+        vocab_size=2051 if setup.on_gpu else 131,
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,

@@ -9,7 +9,6 @@ import types
 from typing import Any
 
 import torch
-from npc_kernels import gpu
 
 from gpu.models import make_base, make_sequence, make_store
 from gpu.setup import RANKS, Setup
@@ -47,9 +46,8 @@ class Replay:
 
     kind = "proof"
 
-    def __init__(self, setup: Setup, *, kernels: Any = gpu) -> None:
+    def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._kernels = kernels
 
     @property
     def items(self) -> list[str]:
@@ -58,9 +56,7 @@ class Replay:
 
     def measure(self, item: str) -> dict[str, Any]:
         """The steps that differ."""
-        setup = self._setup
-        bits = 4 if item.endswith("int4") else 16
-        decoder = make_base(setup.proof_model, bits, setup.device, setup.dtype, kernels=self._kernels).decoder
+        decoder = make_base(self._setup, self._setup.proof_model, 4 if item.endswith("int4") else 16).decoder
         pair = Pair(decoder, make_store(decoder, {**RANKS, "other": 16}))
         wrong = [name for name, numbers in STEPS if not pair.speak(sorted(set(numbers)))]
         count = pair.num_recorded

@@ -34,8 +34,12 @@ class Twins:
         setup = self._setup
         rows, rank = next(size for size in setup.twins if _title(*size) == item)
         torch.manual_seed(rows + rank)
-        found = {case.name: _distances(case) for case in Bench(setup.model, rows, rank, setup.device, setup.dtype).cases()}
-        wrong = [name for name, (largest, norm) in found.items() if not (largest <= TOLERANCE and norm <= NORM_TOLERANCE)]
+        found = {
+            case.name: _distances(case) for case in Bench(setup.model, rows, rank, setup.device, setup.dtype).cases()
+        }
+        wrong = [
+            name for name, (largest, norm) in found.items() if not (largest <= TOLERANCE and norm <= NORM_TOLERANCE)
+        ]
         return {
             "passed": not wrong,
             "kernels": len(found),
