@@ -79,12 +79,12 @@ def run(setup: Setup, names: list[str], *, until: float) -> Report:
     groups += [[name] for name in names if name not in PROOFS and name != "machine"]
     started = time.monotonic()
     for group in groups:
-        left = until - time.monotonic()
-        if left < 1:
+        if until - time.monotonic() < 1:
             break
+        begins = time.monotonic()
         processes = [Process(name, _command(setup, name), report, started) for name in group]
         for process in processes:
-            process.wait(until=min(until, time.monotonic() + PARTS[process.name].max_seconds))
+            process.wait(min(until, begins + PARTS[process.name].max_seconds))
     return report
 
 

@@ -2,13 +2,10 @@
 
 import shutil
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import numpy
-import peft
 import torch
-import transformers
-import triton
 
 from gpu.setup import Setup
 from gpu.timing import median_ms
@@ -36,10 +33,10 @@ class Machine:
 
     def measure(self, item: str) -> dict[str, Any]:
         """Name, versions, copy bandwidth, and the time of a graph node that does next to nothing."""
-        modules = {"torch": torch, "triton": triton, "transformers": transformers, "peft": peft, "numpy": numpy}
         return {
             **self._card(),
-            **{name: module.__version__ for name, module in modules.items()},
+            "torch": torch.__version__,
+            **{name: _version(name) for name in ("triton", "transformers", "peft", "numpy")},
             "cuda": torch.version.cuda,
             "copy_gb_s": round(self._copy_bandwidth() / 1e9, 1),
             "node_us": round(1000 * self._node_ms(), 3),
@@ -90,3 +87,11 @@ class Machine:
         except (OSError, subprocess.SubprocessError):
             return {}
         return dict(zip(CLOCKS, (word.strip() for word in done.stdout.splitlines()[0].split(",")), strict=False))
+
+
+def _version(name: str) -> str | None:
+    """Without importing it, which takes seconds."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

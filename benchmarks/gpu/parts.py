@@ -1,11 +1,12 @@
 """The parts of a run by name, and the one that a process computes: a line of JSON for each result."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 from gpu.independence import Independence
 from gpu.loading import Loading
@@ -19,7 +20,7 @@ from gpu.table import Prefill, Table
 from gpu.timing import CompileClock
 from gpu.twins import Twins
 
-__all__ = ["PARTS", "Planned", "compute"]
+__all__ = ["PARTS", "Planned", "compute", "plain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,16 @@ def compute(name: str, setup: Setup, out: TextIO | None = None) -> None:
     os.dup2(2, 1)
     compiling = CompileClock()
     for result in measure_all(PARTS[name].make(setup)):
-        print(json.dumps(asdict(result)), file=out, flush=True)
+        print(json.dumps(plain(asdict(result)), allow_nan=False), file=out, flush=True)
     seconds = round(compiling.seconds, 1)
     print(json.dumps({"compiled": {"kernels": compiling.num_kernels, "seconds": seconds}}), file=out, flush=True)
     sys.stdout.flush()
+
+
+def plain(value: Any) -> Any:
+    """What JSON can say: a number that is not finite becomes a word."""
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

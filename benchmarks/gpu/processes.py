@@ -1,4 +1,4 @@
-"""A part in a process of its own: its results as they come, its last words if it fails, its end if it takes too long."""
+"""A part in a process of its own: its results as they come, its last words if it fails, its end if it takes long."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ class Process:
         for reader in self._readers:
             reader.start()
 
-    def wait(self, *, until: float) -> None:
+    def wait(self, until: float) -> None:
         """Until it ends, or is ended."""
         try:
             status = self._process.wait(max(0.0, until - time.monotonic()))

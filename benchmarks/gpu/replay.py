@@ -57,7 +57,7 @@ class Replay:
     def measure(self, item: str) -> dict[str, Any]:
         """The steps that differ."""
         decoder = make_base(self._setup, self._setup.proof_model, 4 if item.endswith("int4") else 16).decoder
-        pair = Pair(decoder, make_store(decoder, {**RANKS, "other": 16}))
+        pair = Pair(decoder, make_store(decoder, {**RANKS, "other": 16}), self._setup.longest)
         wrong = [name for name, numbers in STEPS if not pair.speak(sorted(set(numbers)))]
         count = pair.num_recorded
         return {"passed": not wrong and count > 0, "steps": len(STEPS), "graphs": count, "wrong": wrong}
@@ -66,7 +66,7 @@ class Replay:
 class Pair:
     """A runner that records, and one that never does."""
 
-    def __init__(self, decoder: Any, store: Any) -> None:
+    def __init__(self, decoder: Any, store: Any, longest: int) -> None:
         config = EngineConfig(kv_tokens=BLOCKS * len(LINES) * 16)
         self._recording = Runner(decoder, store, config)
         plain = copy.copy(decoder)
@@ -74,7 +74,7 @@ class Pair:
         self._plain = Runner(plain, store, config)
         self._plain._kv = self._recording._kv
         self._vocab = decoder.shape.vocab - 3
-        self._lines = [self._line(store, number) for number in range(len(LINES))]
+        self._lines = [self._line(store, number, longest) for number in range(len(LINES))]
         for line in self._lines:
             self._recording.forward([PlannedRow(line, 0, line.num_tokens)])
 
@@ -93,9 +93,9 @@ class Pair:
         # The first forward of a room captures and replays; the second one only replays.
         return all(torch.equal(self._recording.forward(rows), expected) for _ in range(2))
 
-    def _line(self, store: Any, number: int) -> Sequence:
+    def _line(self, store: Any, number: int, longest: int) -> Sequence:
         adapter, size = LINES[number]
-        prompt = tuple(3 + (5 * number + 11 * position) % self._vocab for position in range(size))
+        prompt = tuple(3 + (5 * number + 11 * position) % self._vocab for position in range(min(size, longest)))
         line = make_sequence(number, prompt, adapter, list(range(BLOCKS * number, BLOCKS * (number + 1))))
         if adapter is not None:
             store.admit(line)

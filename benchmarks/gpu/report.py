@@ -79,7 +79,7 @@ class Report:
             for peer in peers:
                 if "step_ms" in row and row["item"].partition(", ")[2] == peer["item"].split("bf16, ")[1]:
                     row["times_peft"] = round(peer["step_ms"] / row["step_ms"], 2)
-        return rows
+        return sorted(rows, key=lambda row: (row["item"].startswith("bf16"), *_place_of(row["item"])))
 
     @property
     def not_reached(self) -> list[str]:
@@ -143,6 +143,12 @@ class Report:
     def _missing(self, part: str) -> list[str]:
         came = {result["item"] for result in self.results.get(part, [])}
         return [item for item in self.planned[part] if item not in came]
+
+
+def _place_of(item: str) -> tuple[int, str, int]:
+    """Prompt, ranks and rows of a cell's title; a cell that was skipped has nothing else."""
+    _, prompt, ranks, rows = (part.split()[-1] for part in item.split(", "))
+    return int(prompt), ranks, int(rows)
 
 
 def _flat(result: dict[str, Any]) -> dict[str, Any]:

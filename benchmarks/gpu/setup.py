@@ -26,6 +26,7 @@ class Setup:
     new_tokens: int  # of each of its lines
     shortest: int  # prompt of them
     growth: int  # from one line's prompt to the next one's
+    longest: int  # line of the proof of graphs
     chunk: int  # tokens of a step where prompts come in small chunks
     block_size: int  # of the prefix cache
     engine: dict[str, int]  # of its sizes, what is not the daemon's
@@ -50,6 +51,7 @@ class Setup:
             new_tokens=12,
             shortest=9,
             growth=7,
+            longest=250,
             chunk=23,
             block_size=16,
             engine={},
@@ -72,9 +74,10 @@ class Setup:
             proof_model=tiny,
             dtype=torch.float32,
             crowds=(1, 3),
-            new_tokens=3,
+            new_tokens=8,
             shortest=5,
             growth=2,
+            longest=9,
             chunk=4,
             block_size=4,
             engine={"max_step_tokens": 16},  # as wide as a step of single tokens: numpy's products have its bits then

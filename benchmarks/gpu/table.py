@@ -1,10 +1,10 @@
 """The table: decode steps of Llama-3.2-3B's shapes beside what their bytes and launches must take.
 
 A cell is a base, a length of prompt, the ranks of the adapters (all distinct), and a number of rows. Its systems take
-turns, a burst of steps each, and medians are kept: the batch with adapters; the same rows without; the same rows on an
-engine that has no adapters at all; and single rows, of which one request at a time is made up. Keys and values are random, not computed: what a step costs does not
-depend on them. A step is all that the engine thread does for a token of each row but text: metadata, the graph's
-launch, sampling, and waiting for the tokens.
+turns, a burst of steps each, and medians are kept: the batch with adapters; the same rows without; those on an engine
+that has no adapters at all; and single rows, of which one request at a time is made up. Keys and values are random,
+not computed: what a step costs does not depend on them. A step is all that the engine thread does for a token of each
+row but text: metadata, the graph's launch, sampling, and waiting for the tokens.
 """
 
 import statistics
