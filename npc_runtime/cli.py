@@ -95,6 +95,12 @@ def serve(
             help="The KV cache: all lines that run, and prompts computed before; default 16384 tokens, at most 1024.",
         ),
     ] = None,
+    gpu_memory: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MIB", min=1, help="GPU: all that the daemon may take of its memory; the game has the rest."
+        ),
+    ] = None,
 ) -> None:
     """Run the daemon until Ctrl-C. Its first line on stdout says port and token, as JSON."""
     from npc_runtime.console import progress_bars, stderr
@@ -116,6 +122,7 @@ def serve(
         project=project,
         adapter_mib=adapter_memory,
         kv_mib=kv_memory,
+        gpu_mib=gpu_memory,
     )
     run_daemon(settings, lambda: progress_bars(stderr()))
     logging.shutdown()

@@ -22,6 +22,7 @@ from npc_runtime.engine.core import EngineConfig
 from npc_runtime.engine.device import Device, DTypeName, choose_device, choose_threads, explain_unused_gpu
 from npc_runtime.engine.embedded import OnProgress
 from npc_runtime.engine.engine import Engine
+from npc_runtime.engine.memory import MIN_KV_TOKENS, fit_kv_tokens, keep_within, measure_gpu, step_bytes
 from npc_runtime.engine.model import Decoder, Kernels, ModelShape, PageLayout, choose_kernels
 from npc_runtime.engine.tokenizer import ChatTokenizer
 from npc_runtime.engine.weights import BaseInfo, describe_base, iterate_weights, read_config, resolve_base
@@ -35,6 +36,7 @@ __all__ = [
     "LoadedBase",
     "Settings",
     "check_personas",
+    "fit_gpu",
     "load_adapters",
     "load_base",
     "load_library",
@@ -48,8 +50,6 @@ logger = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 MAX_DEFAULT_KV_BYTES = 1 << 30
-MIN_KV_TOKENS = 512
-"""Below this not even one of the shipped personas could speak beside another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,7 @@ class Settings:
     deterministic: bool = False
     adapter_mib: int | None = None  # None: `EngineConfig`'s
     kv_mib: int | None = None  # None: `EngineConfig`'s, but at most MAX_DEFAULT_KV_BYTES
+    gpu_mib: int | None = None  # of everything on the GPU; None: no bound but what is free
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ def run_daemon(settings: Settings, progress: Callable[[], AbstractContextManager
         config = make_config(settings, base.decoder.shape, base.device)
         adapters = make_store(base.decoder.shape, base.device, config)
         load_adapters(adapters, library, base.info.name)
+        config = fit_gpu(settings, base, adapters, config)
         asyncio.run(_serve(settings, sock, base, library, adapters, config))
 
 
@@ -148,7 +150,7 @@ def load_base(
 def make_config(settings: Settings, shape: ModelShape, device: Device) -> EngineConfig:
     """The engine's sizes from the user's budgets. Raises `StartupError` if the KV cache would be too small to use."""
     config = EngineConfig()
-    token_bytes = 2 * shape.num_layers * shape.kv_size * device.dtype.itemsize  # a key and a value in every layer
+    token_bytes = _kv_token_bytes(shape, device)
     if settings.kv_mib is None:
         num_tokens = min(config.kv_tokens, max(MAX_DEFAULT_KV_BYTES // token_bytes, MIN_KV_TOKENS))
     else:
@@ -163,6 +165,41 @@ def make_config(settings: Settings, shape: ModelShape, device: Device) -> Engine
         num_bytes = settings.adapter_mib * 2**20
         config = replace(config, adapter_pool_bytes=num_bytes, adapter_host_bytes=num_bytes)
     return config
+
+
+def fit_gpu(settings: Settings, base: LoadedBase, adapters: AdapterStore, config: EngineConfig) -> EngineConfig:
+    """The configuration with as much KV cache as the GPU, or the budget for it, has room for; on a CPU as it is.
+
+    Raises `StartupError` if that is too little to use, or less than was asked for.
+    """
+    if base.device.torch_device.type != "cuda":
+        if settings.gpu_mib is not None:
+            raise StartupError("--gpu-memory is for a GPU, and this daemon computes on the CPU.", "Leave it out.")
+        return config
+    memory = measure_gpu(base.device.torch_device)
+    budget = None if settings.gpu_mib is None else settings.gpu_mib * 2**20
+    token_bytes = _kv_token_bytes(base.decoder.shape, base.device)
+    num_tokens = fit_kv_tokens(
+        memory,
+        budget=budget,
+        pool=adapters.num_bytes,
+        step=step_bytes(base.decoder.shape, config),
+        token=token_bytes,
+        wanted=config.kv_tokens,
+    )
+    if settings.kv_mib is not None and num_tokens < config.kv_tokens:
+        fits = num_tokens * token_bytes // 2**20
+        raise StartupError(f"--kv-memory {settings.kv_mib} does not fit on the GPU, {fits} does.", "Lower it.")
+    if num_tokens < config.kv_tokens:
+        logger.warning("the KV cache has room for %d tokens instead of %d", num_tokens, config.kv_tokens)
+    if budget is not None:
+        keep_within(budget, memory, base.device.torch_device)
+    return replace(config, kv_tokens=num_tokens // config.block_size * config.block_size)
+
+
+def _kv_token_bytes(shape: ModelShape, device: Device) -> int:
+    """A key and a value in every layer."""
+    return 2 * shape.num_layers * shape.kv_size * device.dtype.itemsize
 
 
 def make_store(shape: ModelShape, device: Device, config: EngineConfig) -> AdapterStore:

@@ -55,6 +55,7 @@ LAYERS = [
     "npc_runtime.engine.codes",
     "npc_runtime.engine.weights",
     "npc_runtime.engine.model",
+    "npc_runtime.engine.memory",
     "npc_runtime.engine.peft_folder",
     "npc_runtime.engine.host_copies",
     "npc_runtime.engine.adapters",

@@ -55,7 +55,7 @@ class AdapterStore:
         self._page_size = layout.num_elements
         self._dtype = dtype
         self._device = device
-        self.host = HostCopies(shape, layout, dtype=dtype, max_bytes=max_host_bytes)
+        self.host = HostCopies(shape, layout, dtype=dtype, max_bytes=max_host_bytes, pinned=device.type == "cuda")
         self._opened: tuple[PagePool, Tensor] | None = None
         self._wanted: queue.SimpleQueue[tuple[str, list[int]] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[tuple[str, WireError | None]] = queue.SimpleQueue()
@@ -72,6 +72,12 @@ class AdapterStore:
     def resident(self) -> tuple[str, ...]:
         """Names of the adapters that are in the pool; may be read from any thread."""
         return self._opened[0].resident if self._opened is not None else ()
+
+    @property
+    def num_bytes(self) -> int:
+        """What the pool takes, or will take when it opens."""
+        num_pages = min(self._max_pages, sum(self.host.sizes.values()))
+        return num_pages * self._page_size * self._dtype.itemsize
 
     def add(self, name: str, parts: Iterable[tuple[Path, float]]) -> AdapterPages:
         """Read an adapter, or several that are applied together, as (folder, scale) pairs.
@@ -146,7 +152,7 @@ class AdapterStore:
     @torch.inference_mode()
     def _write(self, name: str, pages: list[int]) -> None:
         for page, source in zip(pages, self.host.get(name).pages, strict=True):
-            self.pool[page].copy_(source)
+            self.pool[page].copy_(source, non_blocking=True)  # whoever writes synchronises the stream
 
     def _start_load(self, name: str, pages: list[int]) -> None:
         if self._loader is None:
