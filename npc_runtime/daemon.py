@@ -131,7 +131,7 @@ def load_base(
     if problem:
         logger.warning("%s", problem)
     device = choose_device(dtype)
-    kernels = kernels or choose_kernels(device.torch_device, deterministic=deterministic)
+    kernels = kernels or choose_kernels(device.torch_device, device.dtype, deterministic=deterministic)
     kernels.prepare(device.dtype, lambda fraction: on_progress("preparing kernels", fraction))
     folder = resolve_base(name, on_progress)
     config = read_config(folder)

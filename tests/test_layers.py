@@ -33,6 +33,7 @@ LAYERS = [
     "npc_kernels.attention",
     "npc_kernels.sampling",
     "npc_kernels.gpu",
+    "npc_kernels.gpu_check",
     "npc_runtime",
     "npc_runtime.errors",
     "npc_runtime.persona",

@@ -4,6 +4,7 @@ Holds the base weights and computes logits for one step of many rows. It does no
 adapter pages come from; `BatchMetadata` says which to use.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from torch import Tensor
 from npc_runtime.errors import StartupError
 
 __all__ = ["Decoder", "Kernels", "KvCache", "ModelShape", "PageLayout", "choose_kernels"]
+
+logger = logging.getLogger(__name__)
 
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 """RoPE variants whose frequencies do not depend on the length of the text."""
@@ -147,10 +150,11 @@ class Kernels(Protocol):
         ...
 
 
-def choose_kernels(device: torch.device, *, deterministic: bool = False) -> Kernels:
+def choose_kernels(device: torch.device, dtype: torch.dtype, *, deterministic: bool = False) -> Kernels:
     """The fastest kernels there are for a device, or those whose rows do not depend on one another, to the last bit.
 
-    Raises `StartupError` where the latter are not to be had.
+    On a GPU those in Triton if they compute there what they should, else their torch twins, with a warning. Raises
+    `StartupError` where deterministic ones are not to be had.
     """
     if device.type == "cpu":
         from npc_kernels import cpu, cpu_exact  # numba: not for machines that compute on a GPU
@@ -161,7 +165,26 @@ def choose_kernels(device: torch.device, *, deterministic: bool = False) -> Kern
             f"--deterministic is served on the CPU only, and this daemon computes on {device.type}.",
             "Leave it out, or hide the GPU from it: CUDA_VISIBLE_DEVICES=-1.",
         )
+    problem = _find_gpu_problem(device, dtype)
+    if problem is None:
+        from npc_kernels import gpu
+
+        return gpu
+    logger.warning("the GPU kernels cannot be used here, torch computes instead, far slower: %s", problem)
     return reference
+
+
+def _find_gpu_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton's kernels cannot be used; None if they can."""
+    if device.type != "cuda":
+        return f"they are for CUDA, not for {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has no bfloat16 products (they came with the RTX 30 series)"
+    try:
+        from npc_kernels.gpu_check import check_gpu
+    except ImportError as error:
+        return f"Triton is missing ({error}); on Windows: pip install triton-windows"
+    return check_gpu(device, dtype)
 
 
 @dataclass(frozen=True, slots=True)
