@@ -102,7 +102,7 @@ def run_daemon(settings: Settings, progress: Callable[[], AbstractContextManager
         adapters = make_store(base.decoder.shape, base.device, config)
         load_adapters(adapters, library, base.info.name)
         config = fit_gpu(settings, base, adapters, config)
-        asyncio.run(_serve(settings, sock, base, library, adapters, config))
+        asyncio.run(_serve(settings, sock, base, library, adapters, config, progress))
 
 
 def load_library(folder: Path) -> Library:
@@ -261,6 +261,7 @@ async def _serve(
     library: Library,
     adapters: AdapterStore,
     config: EngineConfig,
+    progress: Callable[[], AbstractContextManager[OnProgress]],
 ) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -291,6 +292,9 @@ async def _serve(
         raise StartupError(
             "There is no memory for the KV cache and the adapters.", "Lower --kv-memory or --adapter-memory."
         ) from error
+    if base.device.torch_device.type == "cuda":
+        with progress() as on_progress:
+            engine.warm(lambda fraction: on_progress("preparing the GPU", fraction))
     await server.start(sock, engine)
     project = settings.project or project_of(settings.personas)
     endpoint = Endpoint(port, os.getpid(), token, PROTOCOL_VERSION, base.info.name)

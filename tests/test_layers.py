@@ -61,6 +61,7 @@ LAYERS = [
     "npc_runtime.engine.host_copies",
     "npc_runtime.engine.adapters",
     "npc_runtime.engine.sampler",
+    "npc_runtime.engine.rehearsal",
     "npc_runtime.engine.runner",
     "npc_runtime.engine.engine",
     "npc_runtime.server",

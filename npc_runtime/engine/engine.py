@@ -96,6 +96,10 @@ class Engine:
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
+    def warm(self, on_progress: Callable[[float], None]) -> None:
+        """Let no line wait for what could have been prepared; before `start`. Worth its seconds on a GPU only."""
+        self._runner.warm(on_progress)
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
