@@ -44,7 +44,7 @@ __all__ = [
 MAX_CODE_ROWS = {torch.bfloat16: 1, torch.float32: 4}
 """Rows up to which a linear is faster from its 4- or 8-bit codes than from its dense weight (kernels/README.md)."""
 
-SEEN_STEP = 256
+SEEN_STEP = 1024
 """Positions by which the room of a recording grows."""
 
 MAX_ATTENDED = 64
