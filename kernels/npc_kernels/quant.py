@@ -152,7 +152,7 @@ def pack_int4(
 
 def _pack(codes: Tensor) -> Tensor:  # (out_features, blocks * 128), in any shape → (out_features, blocks * 16) int32
     """Codes of 0 to 15 to words."""
-    blocks = codes.to(torch.int32).view(len(codes), -1, 8, 16)
+    blocks = codes.to(torch.int32).contiguous().view(len(codes), -1, 8, 16)
     words = blocks[:, :, 0].clone()
     for nibble in range(1, 8):
         words |= blocks[:, :, nibble] << (4 * nibble)
