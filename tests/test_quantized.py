@@ -20,6 +20,7 @@ from npc_runtime.engine.model import ModelShape
 from npc_runtime.engine.scheduler import PlannedRow
 from npc_runtime.engine.weights import describe_base, iterate_weights, read_config
 from npc_runtime.errors import StartupError
+from npc_runtime.persona import shipped_personas
 
 
 def quiet(*_):
@@ -42,9 +43,7 @@ def load(folder, **options):
 
 
 def write(folder, target=None):
-    return quantized.write_quantized(
-        describe_base(folder.name, folder), target, device=CPU, on_progress=quiet
-    )
+    return quantized.write_quantized(describe_base(folder.name, folder), target, device=CPU, on_progress=quiet)
 
 
 def read(folder, **options):
@@ -290,5 +289,6 @@ def test_the_command_writes_and_reports(speaking_base, tmp_path, monkeypatch):
     assert refused.returncode == 1
     assert "is quantized already" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
-
-
+    untrained = run("train", str(shipped_personas() / "odo"), "--base", str(tmp_path / "out"))
+    assert untrained.returncode == 1
+    assert "is quantized" in untrained.stderr
