@@ -19,6 +19,7 @@ from torch import Tensor
 
 from npc_runtime.engine.checkpoints import read_scheme
 from npc_runtime.engine.tokenizer import ChatTokenizer
+from npc_runtime.engine.weights import read_config
 from npc_runtime.errors import PersonaInvalid, StartupError
 from npc_runtime.persona import Persona
 
@@ -77,6 +78,7 @@ def train_persona(
         raise StartupError("Training needs the package peft.", "pip install 'npc-runtime[train]'") from error
     from transformers import AutoModelForCausalLM
 
+    read_config(base)  # refuses what is no base
     if read_scheme(base) is not None:
         raise StartupError(
             f"{base} is quantized, and adapters are trained on dense weights.",

@@ -255,10 +255,18 @@ def test_quantizing_goes_by_slices(monkeypatch):
     torch.manual_seed(0)
     dense = torch.randn(9, 200)
     whole = quantize_int4(dense, 32), quantize_int8(dense)
+    errors = [quant.relative_error(dense, packed) for packed in whole]
+    asymmetric = with_zeros(9, 200, 32, torch.float32)
+    assert quant.relative_error(asymmetric[1], asymmetric[0]) == 0
     monkeypatch.setattr(quant, "SLICE", 500)
     for one, other in zip(whole, (quantize_int4(dense, 32), quantize_int8(dense)), strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
+    for error, packed in zip(errors, whole, strict=True):
+        assert error == pytest.approx(float((dequantize(packed) - dense).norm() / dense.norm()))
+        assert error == pytest.approx(quant.relative_error(dense, packed))
+    assert quant.relative_error(asymmetric[1], asymmetric[0]) == 0
+    assert quant.relative_error(torch.zeros(3, 130), quantize_int8(torch.zeros(3, 130))) == 0
 
 
 def test_zeros_stay_zeros():

@@ -178,8 +178,11 @@ def test_what_killed_processes_left_is_swept(base, tmp_path):
 def test_a_folder_of_its_own_is_complete(base, tmp_path, monkeypatch):
     monkeypatch.setattr("npc_runtime.engine.model_folder.SHARD_BYTES", 20_000)
     (tmp_path / "out").mkdir()
+    (tmp_path / "making-something").mkdir()
+    os.utime(tmp_path / "making-something", (0, 0))
     folder, report = write(base, tmp_path / "out")
     assert folder == tmp_path / "out"
+    assert (tmp_path / "making-something").is_dir(), "that is somebody else's"
     assert not (tmp_path / "cache").exists()
     assert len(list(folder.glob("*.safetensors"))) > 2
     assert {path.name for path in folder.iterdir() if path.suffix != ".safetensors"} == {

@@ -25,6 +25,7 @@ __all__ = [
     "pack_int4",
     "quantize_int4",
     "quantize_int8",
+    "relative_error",
     "to_device",
 ]
 
@@ -102,9 +103,13 @@ def quantize_int4(
 
 def _slices(weight: Tensor) -> Iterator[Tensor]:
     """Some outputs at a time, so that memory stays bounded."""
-    num_rows = max(1, SLICE // weight.shape[1])
+    num_rows = _rows_of_a_slice(weight)
     for start in range(0, len(weight), num_rows):
         yield weight[start : start + num_rows]
+
+
+def _rows_of_a_slice(weight: Tensor) -> int:
+    return max(1, SLICE // weight.shape[1])
 
 
 def _best_scale(wide: Tensor) -> Tensor:  # (rows, groups, group) → (rows, groups, 1)
@@ -181,6 +186,27 @@ def dequantize(weight: Int4Weight | Int8Weight) -> Tensor:  # (out_features, in_
     codes = ((words >> shifts[:, None]) & 15).float().view(*weight.scale.shape, weight.group)
     codes -= MIDDLE if weight.zeros is None else weight.zeros[..., None]
     return (codes * weight.scale[..., None]).flatten(1)[:, : weight.in_features]
+
+
+def relative_error(
+    weight: Tensor,  # (out_features, in_features)
+    packed: Int4Weight | Int8Weight,
+) -> float:
+    """|difference| / |weight|, Frobenius norms; 0 for a weight of zeros."""
+    difference = total = 0.0
+    for start in range(0, len(weight), _rows_of_a_slice(weight)):
+        rows = slice(start, start + _rows_of_a_slice(weight))
+        wide = weight[rows].float()
+        difference += float((dequantize(_take_rows(packed, rows)) - wide).square().sum())
+        total += float(wide.square().sum())
+    return (difference / total) ** 0.5 if total else 0.0
+
+
+def _take_rows(weight: Int4Weight | Int8Weight, rows: slice) -> Int4Weight | Int8Weight:
+    if isinstance(weight, Int8Weight):
+        return Int8Weight(weight.values[rows], weight.scale[rows])
+    zeros = None if weight.zeros is None else weight.zeros[rows]
+    return weight._replace(words=weight.words[rows], scale=weight.scale[rows], zeros=zeros)
 
 
 def to_device(weight: Int4Weight | Int8Weight, device: torch.device) -> Int4Weight | Int8Weight:

@@ -14,7 +14,7 @@ from npc_kernels.quant import BaseWeight
 from torch import Tensor
 
 from npc_runtime.engine.checkpoints import to_parts
-from npc_runtime.engine.embedded import put_in_place, sweep
+from npc_runtime.engine.embedded import put_in_place
 
 __all__ = ["INDEX", "ModelFolder"]
 
@@ -34,10 +34,9 @@ class ModelFolder:
     """Writes a folder like `source` with other weights. All methods raise `OSError` when the disk is full."""
 
     def __init__(self, source: Path, final: Path) -> None:
-        """Make a temporary folder beside the final one, and remove what killed processes left there."""
+        """Make a temporary folder beside the final one."""
         self._source, self._final = source, final
         final.parent.mkdir(parents=True, exist_ok=True)
-        sweep(final.parent)
         self._work = Path(tempfile.mkdtemp(prefix="making-", dir=final.parent))
         self._shard: dict[str, Tensor] = {}
         self._places: dict[str, str] = {}

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from npc_kernels.quant import GROUPS, BaseWeight, Int4Weight, Int8Weight, dequantize, quantize_int4, quantize_int8
+from npc_kernels.quant import GROUPS, BaseWeight, Int4Weight, Int8Weight, quantize_int4, quantize_int8, relative_error
 from torch import Tensor
 
 from npc_runtime.engine.checkpoints import OWN_FORMAT, OWN_METHOD, read_scheme
-from npc_runtime.engine.embedded import OnProgress, cache_folder
+from npc_runtime.engine.embedded import OnProgress, cache_folder, sweep
 from npc_runtime.engine.model import Kernels, ModelShape
 from npc_runtime.engine.model_folder import INDEX, ModelFolder
 from npc_runtime.engine.weights import BaseInfo, place_weights, read_config, read_weights, weight_files
@@ -127,9 +127,7 @@ class Quantizer:
 
     def _quantize(self, name: str, weight: Tensor) -> Int4Weight | Int8Weight:
         packed = quantize_int8(weight) if name == HEAD else quantize_int4(weight, choose_group(weight.shape[1]))
-        wide = weight.float()
-        error = (dequantize(packed) - wide).norm() / wide.norm().clamp(min=torch.finfo(torch.float32).tiny)
-        self.errors[name.split(".")[-2]].append(float(error))
+        self.errors[name.split(".")[-2]].append(relative_error(weight, packed))
         return packed
 
 
@@ -165,6 +163,8 @@ def write_quantized(
     if target is not None or not _is_intact(final):
         quantizer = Quantizer(info, device, on_progress)
         try:
+            if target is None:  # nobody else's folder is swept
+                sweep(final.parent)
             with ModelFolder(info.folder, final) as folder:
                 for name, weight in quantizer.weights():
                     folder.add(name, weight)
@@ -182,6 +182,7 @@ def _keep(quantizer: Quantizer, final: Path) -> Iterator[tuple[str, BaseWeight]]
     with ExitStack() as stack:
         folder: ModelFolder | None = None
         try:
+            sweep(final.parent)
             folder = stack.enter_context(ModelFolder(quantizer.info.folder, final))
         except OSError as error:
             _warn(final, error)
