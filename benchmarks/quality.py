@@ -58,9 +58,9 @@ class Result:
     p99_kl: float
 
 
-def int4(group: int, *, refine: bool = True) -> Callable[[Tensor], Tensor]:
+def int4(group: int, *, uses_all_codes: bool = True) -> Callable[[Tensor], Tensor]:
     """To 4 bits and back."""
-    return lambda weight: dequantize(quantize_int4(weight, group, refine=refine))
+    return lambda weight: dequantize(quantize_int4(weight, group, uses_all_codes=uses_all_codes))
 
 
 def int8(weight: Tensor) -> Tensor:
@@ -78,7 +78,10 @@ VARIANTS = (
     Variant("as published (float32)", lambda weight: weight),
     Variant("int8", int8, bfloat16),
     Variant("bf16, int8 head", bfloat16, int8),
-    *(Variant(f"int4, groups of {group}, plain rounding", int4(group, refine=False), bfloat16) for group in (64, 32)),
+    *(
+        Variant(f"int4, groups of {group}, plain rounding", int4(group, uses_all_codes=False), bfloat16)
+        for group in (64, 32)
+    ),
     *(Variant(f"int4, groups of {group}", int4(group), bfloat16) for group in (64, 32)),
     Variant("int4, groups of 64, int8 head", int4(64), int8),
 )

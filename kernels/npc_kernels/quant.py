@@ -41,15 +41,6 @@ MIDDLE = 8
 SLICE = 1 << 22
 """Weights that are quantized at once; some ten times their bytes are needed meanwhile."""
 
-NUM_SCALES = 16
-"""Scales that are tried for each group, and as many of the other sign."""
-
-SMALLEST = 0.7
-"""The smallest of them, in units of the one with which nothing is clipped."""
-
-NORM = 2.4
-"""Which error decides: the sum of |error| to this power. The README of `kernels/` has what others gave."""
-
 
 class Int4Weight(NamedTuple):
     """A weight in 4 bits."""
@@ -86,17 +77,22 @@ def quantize_int4(
     weight: Tensor,  # (out_features, in_features), of any float dtype, on any device
     group: int = 128,
     *,
-    refine: bool = True,
+    uses_all_codes: bool = True,
 ) -> Int4Weight:
-    """Round to the nearest code of each group's best scale; without `refine`, of its largest magnitude over 7."""
+    """Round to the nearest code. The scale brings each group's largest magnitude to code -8, by its sign.
+
+    Without `uses_all_codes` to 7 or -7, as symmetric rounding usually does. Why nothing is searched: the table in the
+    README of `kernels/`.
+    """
     if group not in GROUPS:
         raise ValueError(f"groups of {group} inputs are not supported: {', '.join(map(str, GROUPS))} are")
     in_features = weight.shape[1]
     words, scales = [], []
     for part in _slices(weight):
         wide = torch.nn.functional.pad(part.float(), (0, -in_features % BLOCK)).view(len(part), -1, group)
-        scale = _best_scale(wide) if refine else _nonzero(wide.abs().amax(-1, keepdim=True) / 7)
-        words.append(_pack(_signed_codes(wide, scale) + MIDDLE))
+        largest = _nonzero(wide.gather(-1, wide.abs().argmax(-1, keepdim=True)))
+        scale = largest / -8 if uses_all_codes else largest.abs() / 7
+        words.append(_pack((wide / scale).round_().clamp_(-8, 7) + MIDDLE))
         scales.append(scale[..., 0])
     return Int4Weight(torch.cat(words), torch.cat(scales), in_features, group)
 
@@ -110,25 +106,6 @@ def _slices(weight: Tensor) -> Iterator[Tensor]:
 
 def _rows_of_a_slice(weight: Tensor) -> int:
     return max(1, SLICE // weight.shape[1])
-
-
-def _best_scale(wide: Tensor) -> Tensor:  # (rows, groups, group) → (rows, groups, 1)
-    """The scale with the smallest error.
-
-    Codes go from -8 to 7: a scale whose sign puts the largest magnitude at -8 loses a sixteenth less of the range.
-    """
-    largest = _nonzero(wide.gather(-1, wide.abs().argmax(-1, keepdim=True)))
-    best, least = largest, torch.full_like(largest, torch.inf)
-    for last_code in (-8, 7):
-        for step in torch.linspace(SMALLEST, 1, NUM_SCALES).tolist():
-            scale = largest * (step / last_code)
-            error = (wide - _signed_codes(wide, scale) * scale).abs().pow_(NORM).sum(-1, keepdim=True)
-            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best
-
-
-def _signed_codes(wide: Tensor, scale: Tensor) -> Tensor:
-    return (wide / scale).round_().clamp_(-8, 7)
 
 
 def _nonzero(values: Tensor) -> Tensor:
