@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,6 +45,14 @@ class DType(StrEnum):
     AUTO = "auto"
 
 
+class Quantize(StrEnum):
+    """In how many bits the base's linears are held."""
+
+    AUTO = "auto"
+    INT4 = "int4"
+    NONE = "none"
+
+
 Base = Annotated[str, typer.Option(help="The embedded base's name, or a model folder.", metavar="NAME|PATH")]
 Personas = Annotated[
     Path | None,
@@ -76,6 +85,10 @@ def serve(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="CPU: a seed replays a line to the last bit in any company; slower.")
     ] = False,
+    quantize: Annotated[
+        Quantize,
+        typer.Option(help="auto: 4 bits on a GPU for a base of a billion weights or more that has none of its own."),
+    ] = Quantize.AUTO,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Accept clients without a token (loopback only).")] = False,
     project: Annotated[str | None, typer.Option(help="Name of the runtime file; default from --personas.")] = None,
     adapter_memory: Annotated[
@@ -118,6 +131,7 @@ def serve(
         dtype=dtype.value,
         threads=threads,
         deterministic=deterministic,
+        quantize=quantize.value,
         needs_token=not no_auth,
         project=project,
         adapter_mib=adapter_memory,
@@ -202,6 +216,40 @@ def bench(
             )
         )
     typer.echo(result.to_json() if as_json else result.to_text())
+
+
+@app.command("quantize")
+def quantize_base(
+    base: Base = EMBEDDED_BASE,
+    out: Annotated[
+        Path | None, typer.Option(help="An empty folder, for --base; default: the cache, where serve looks.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make 4 bits of a base ahead of time; prints what that saves and how far the weights moved."""
+    from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.engine.device import choose_device
+    from npc_runtime.engine.quantized import write_quantized
+    from npc_runtime.engine.weights import describe_base, read_config, resolve_base
+
+    _prepare_process()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    with progress_bars(stderr()) as report:
+        path = resolve_base(base, report)
+        read_config(path)  # refuses what is no base
+        folder, result = write_quantized(
+            describe_base(base, path),
+            out,
+            device=choose_device("auto").torch_device,
+            on_progress=report,
+        )
+    if as_json:
+        typer.echo(json.dumps({"base": base, "folder": str(folder), **asdict(result)}))
+        return
+    for kind, error in result.errors.items():
+        typer.echo(f"{kind:<12} off by {error['median']:.1%}, the worst one by {error['worst']:.1%}")
+    before, after = (f"{size / 1e6:,.0f} MB" for size in (result.bytes_before, result.bytes_after))
+    typer.echo(f"{before} became {after}, in {folder}")
 
 
 @persona_app.command("list")

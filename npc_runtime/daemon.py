@@ -17,6 +17,7 @@ import torch
 from npc_runtime import __version__
 from npc_runtime.discovery import Endpoint, project_of, remove_endpoint, write_endpoint
 from npc_runtime.engine.adapters import AdapterStore
+from npc_runtime.engine.checkpoints import read_scheme
 from npc_runtime.engine.codes import read_codes
 from npc_runtime.engine.core import EngineConfig
 from npc_runtime.engine.device import Device, DTypeName, choose_device, choose_threads, explain_unused_gpu
@@ -24,6 +25,7 @@ from npc_runtime.engine.embedded import OnProgress
 from npc_runtime.engine.engine import Engine
 from npc_runtime.engine.memory import MIN_KV_TOKENS, fit_kv_tokens, keep_within, measure_gpu, step_bytes
 from npc_runtime.engine.model import Decoder, Kernels, ModelShape, PageLayout, choose_kernels
+from npc_runtime.engine.quantized import Quantize, has_code_kernels, is_to_be_quantized, load_quantized
 from npc_runtime.engine.tokenizer import ChatTokenizer
 from npc_runtime.engine.weights import BaseInfo, describe_base, iterate_weights, read_config, resolve_base
 from npc_runtime.errors import AdapterIncompatible, StartupError, WireError
@@ -65,6 +67,7 @@ class Settings:
     needs_token: bool
     project: str | None
     deterministic: bool = False
+    quantize: Quantize = "auto"
     adapter_mib: int | None = None  # None: `EngineConfig`'s
     kv_mib: int | None = None  # None: `EngineConfig`'s, but at most MAX_DEFAULT_KV_BYTES
     gpu_mib: int | None = None  # of everything on the GPU; None: no bound but what is free
@@ -78,12 +81,14 @@ class LoadedBase:
     device: Device
     decoder: Decoder
     tokenizer: ChatTokenizer
+    is_int4: bool = False
 
     @property
     def backend(self) -> str:
         """What computes, for `welcome` and for whoever reads a measurement."""
         kernels, dtype = self.decoder.kernels.__name__, str(self.device.dtype)
-        return f"torch {torch.__version__}, {kernels}, {dtype.removeprefix('torch.')}"
+        weights = ", int4 weights" if self.is_int4 else ""
+        return f"torch {torch.__version__}, {kernels}, {dtype.removeprefix('torch.')}{weights}"
 
 
 def run_daemon(settings: Settings, progress: Callable[[], AbstractContextManager[OnProgress]]) -> None:
@@ -97,7 +102,13 @@ def run_daemon(settings: Settings, progress: Callable[[], AbstractContextManager
         raise StartupError(f"--no-auth is refused on {settings.host}.", "Only loopback may go without a token.")
     with _bind(settings.host, settings.port) as sock:
         with progress() as on_progress:
-            base = load_base(settings.base, settings.dtype, on_progress, deterministic=settings.deterministic)
+            base = load_base(
+                settings.base,
+                settings.dtype,
+                on_progress,
+                deterministic=settings.deterministic,
+                quantize=settings.quantize,
+            )
         config = make_config(settings, base.decoder.shape, base.device)
         adapters = make_store(base.decoder.shape, base.device, config)
         load_adapters(adapters, library, base.info.name)
@@ -121,11 +132,13 @@ def load_base(
     on_progress: OnProgress,
     *,
     deterministic: bool = False,
+    quantize: Quantize = "auto",
     kernels: Kernels | None = None,
 ) -> LoadedBase:
     """Find the base (fetching the embedded one the first time) and bring it into memory.
 
     `kernels` None takes the fastest for the device, or with `deterministic` those whose rows are independent.
+    `quantize` auto makes 4 bits of a large base where the kernels compute with them.
     """
     problem = explain_unused_gpu()
     if problem:
@@ -137,14 +150,21 @@ def load_base(
     config = read_config(folder)
     info = describe_base(name, folder)
     tokenizer = ChatTokenizer(folder)
-    tensors = iterate_weights(
-        folder,
-        dtype=device.dtype,
-        device=device.torch_device,
-        on_progress=lambda fraction: on_progress(f"loading {info.name}", fraction),
-    )
+    reads_codes = has_code_kernels(kernels)
+    is_quantized = is_to_be_quantized(quantize, folder, ModelShape.from_config(config), kernels)
+    if is_quantized:
+        tensors = load_quantized(info, dtype=device.dtype, device=device.torch_device, on_progress=on_progress)
+    else:
+        tensors = iterate_weights(
+            folder,
+            dtype=device.dtype,
+            device=device.torch_device,
+            on_progress=lambda fraction: on_progress(f"loading {info.name}", fraction),
+            keeps_codes=reads_codes,
+        )
     decoder = Decoder(config, tensors, kernels, read_codes(folder))
-    return LoadedBase(info, device, decoder, tokenizer)
+    is_int4 = is_quantized or (reads_codes and read_scheme(folder) is not None)
+    return LoadedBase(info, device, decoder, tokenizer, is_int4)
 
 
 def make_config(settings: Settings, shape: ModelShape, device: Device) -> EngineConfig:

@@ -54,9 +54,12 @@ LAYERS = [
     "npc_runtime.engine.device",
     "npc_runtime.engine.embedded",
     "npc_runtime.engine.codes",
+    "npc_runtime.engine.checkpoints",
     "npc_runtime.engine.weights",
     "npc_runtime.engine.model",
     "npc_runtime.engine.memory",
+    "npc_runtime.engine.model_folder",
+    "npc_runtime.engine.quantized",
     "npc_runtime.engine.peft_folder",
     "npc_runtime.engine.host_copies",
     "npc_runtime.engine.adapters",
@@ -188,7 +191,8 @@ def test_public_names_are_listed_and_true(name):
     body = ast.parse(SOURCES[name].read_text(encoding="utf-8")).body
     kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     public = {node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")}
-    commands = {"serve", "demo", "bench", "persona_list", "persona_check", "persona_render", "train", "DType"}
+    commands = {"serve", "demo", "bench", "persona_list", "persona_check", "persona_render", "train", "quantize_base"}
+    commands |= {"DType", "Quantize"}
     assert public - set(listed) <= (commands if name == "npc_runtime.cli" else set())
     for public in listed:
         assert hasattr(module, public)
