@@ -11,11 +11,13 @@ from torch import Tensor
 
 from npc_kernels import gpu, reference
 from npc_kernels.batch import BatchMetadata, LoraBatch, LoraSpan
+from npc_kernels.quant import dequantize, quantize_int4, quantize_int8
 from npc_kernels.reference import HeadNorms, Settings
 
 __all__ = ["check_gpu"]
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 192, 6, 2, 32, 320, 500
+GROUP = 64
 BLOCK_SIZE, NUM_SEEN = 16, 300
 """More keys than one chunk of the attention."""
 
@@ -41,12 +43,12 @@ def check_gpu(device: torch.device, dtype: torch.dtype) -> str | None:
     batch = _make_batch(layer, device, dtype, generator)
     angles = torch.rand(NUM_SEEN, HEAD_DIM // 2, generator=generator).to(device)
     try:
-        got = _compute(gpu, layer, batch, angles)
+        got = _compute(gpu, layer, batch, angles) | _multiply_codes(layer, batch, angles)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:  # Triton, its compiler and the driver raise what they like
         return f"{type(error).__name__}: {error}"
-    expected = _compute(reference, layer, batch, angles)
+    expected = _compute(reference, layer, batch, angles) | _multiply_dense(layer, batch)
     for name in expected:
         scale = expected[name].double().abs().max()
         worst = (got[name].double() - expected[name].double()).abs().max() / scale
@@ -130,3 +132,21 @@ def _compute(kernels: ModuleType, layer: _Layer, batch: BatchMetadata, angles: T
         "logits": logits,
         "drawn": logits.gather(1, kernels.draw(logits.clone(), settings)[:, None].clamp(min=0)),
     }
+
+
+def _multiply_codes(layer: _Layer, batch: BatchMetadata, angles: Tensor) -> dict[str, Tensor]:
+    """Products with the gate's and the head's weight in 4 and 8 bits."""
+    plan = gpu.plan(batch, angles.cos(), angles.sin())
+    x = layer.hidden[: len(batch.positions)]
+    four, eight = quantize_int4(layer.weights[2], GROUP), quantize_int8(layer.weights[4])
+    return {
+        "4 bits": gpu.project(gpu.Linear(four), x, plan, layer.spans[2]).out.sum(0),
+        "8 bits": gpu.head(gpu.Linear(eight), x, plan),
+    }
+
+
+def _multiply_dense(layer: _Layer, batch: BatchMetadata) -> dict[str, Tensor]:
+    """The same with what the codes stand for."""
+    x = layer.hidden[: len(batch.positions)].float()
+    four, eight = quantize_int4(layer.weights[2], GROUP), quantize_int8(layer.weights[4])
+    return {"4 bits": x @ dequantize(four).T, "8 bits": x[batch.sampled.to(x.device)] @ dequantize(eight).T}
