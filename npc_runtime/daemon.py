@@ -49,6 +49,9 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
+SIGNAL_S = 0.02
+"""In that time the loop has seen a signal that came before."""
+
 MAX_DEFAULT_KV_BYTES = 1 << 30
 MIN_KV_TOKENS = 512
 """Below this not even one of the shipped personas could speak beside another."""
@@ -248,7 +251,7 @@ async def _serve(
 ) -> Handover | None:
     asked, over = asyncio.Event(), asyncio.Event()  # to stop; for that or another reason
     loop = asyncio.get_running_loop()
-    _stop_on_signals(asked, over)
+    restore_signals = _stop_on_signals(asked, over)
     port = handover.sock.getsockname()[1]
     context = min(base.decoder.shape.context, config.kv_tokens)
     server = NpcServer(
@@ -295,6 +298,9 @@ async def _serve(
         if successor is None:
             remove_endpoint(_project_of(settings), os.getpid())
         await server.close("the daemon was stopped" if successor is None else "the daemon restarts; connect again")
+    if successor is not None:
+        restore_signals()  # one that comes from here on ends the process wherever it is
+        await asyncio.sleep(SIGNAL_S)
     return None if asked.is_set() else successor
 
 
@@ -322,18 +328,26 @@ def _announce(endpoint: Endpoint) -> None:
         logger.info("stdout is closed")
 
 
-def _stop_on_signals(*events: asyncio.Event) -> None:
+def _stop_on_signals(*events: asyncio.Event) -> Callable[[], None]:
+    """Set the events on SIGINT and SIGTERM. What is returned puts back the handlers that were there before."""
     loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [(number, signal.getsignal(number)) for number in numbers]
 
     def set_all() -> None:
         for event in events:
             event.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    def restore() -> None:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+    for number in numbers:
         try:
             loop.add_signal_handler(number, set_all)
         except NotImplementedError:  # Windows
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(set_all))
+    return restore
 
 
 def _bind(host: str, port: int) -> socket.socket:

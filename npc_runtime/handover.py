@@ -42,9 +42,10 @@ class Handover:
             passed = json.loads(os.environ.pop(VARIABLE, "null"))
             if passed is None or passed["pid"] != os.getpid():  # another daemon's child has its environment
                 return None
+            token, replaced_at = passed["token"], tuple(passed["replaced_at"])
             sock = socket.socket(fileno=passed["fd"])
             sock.set_inheritable(False)
-            return cls(sock, passed["token"], tuple(passed["replaced_at"]))
+            return cls(sock, token, replaced_at)
         except (OSError, ValueError, TypeError, KeyError):  # nobody else has a reason to set it
             return None
 
