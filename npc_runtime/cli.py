@@ -18,7 +18,7 @@ import typer
 
 from npc_runtime import __version__
 from npc_runtime.engine.embedded import EMBEDDED_BASE, ensure_embedded_base
-from npc_runtime.errors import NpcError
+from npc_runtime.errors import EngineDied, NpcError
 
 if TYPE_CHECKING:
     from npc_runtime.persona import Library
@@ -138,9 +138,16 @@ def serve(
         kv_mib=kv_memory,
         gpu_mib=gpu_memory,
     )
-    run_daemon(settings, lambda: progress_bars(stderr()))
+    status = 0
+    try:
+        run_daemon(settings, lambda: progress_bars(stderr()))
+    except EngineDied as error:
+        typer.echo(f"npc-runtime: {error}", err=True)
+        status = 1
     logging.shutdown()
-    os._exit(0)  # all is closed; taking torch apart would cost another second of the two that a stop may take
+    # All is closed. Taking torch apart would cost another second of the two that a stop may take, and may never end
+    # with a device that does not answer.
+    os._exit(status)
 
 
 @app.command()

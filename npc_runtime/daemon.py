@@ -23,12 +23,14 @@ from npc_runtime.engine.core import EngineConfig
 from npc_runtime.engine.device import Device, DTypeName, choose_device, choose_threads, explain_unused_gpu
 from npc_runtime.engine.embedded import OnProgress
 from npc_runtime.engine.engine import Engine
+from npc_runtime.engine.faults import is_device_error
 from npc_runtime.engine.memory import MIN_KV_TOKENS, fit_kv_tokens, keep_within, measure_gpu, step_bytes
 from npc_runtime.engine.model import Decoder, Kernels, ModelShape, PageLayout, choose_kernels
 from npc_runtime.engine.quantized import Quantize, has_code_kernels, is_to_be_quantized, load_quantized
 from npc_runtime.engine.tokenizer import ChatTokenizer
 from npc_runtime.engine.weights import BaseInfo, describe_base, iterate_weights, read_config, resolve_base
 from npc_runtime.errors import AdapterIncompatible, StartupError, WireError
+from npc_runtime.handover import Handover
 from npc_runtime.persona import Library, Persona
 from npc_runtime.protocol import PROTOCOL_VERSION, BaseModelInfo
 from npc_runtime.server import NpcServer
@@ -50,6 +52,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+SIGNAL_S = 0.02
+"""In that time the loop has seen a signal that came before."""
 
 MAX_DEFAULT_KV_BYTES = 1 << 30
 
@@ -94,13 +99,32 @@ class LoadedBase:
 def run_daemon(settings: Settings, progress: Callable[[], AbstractContextManager[OnProgress]]) -> None:
     """Load everything, serve until SIGINT or SIGTERM. `progress` is entered only while there is something to show.
 
-    Raises `StartupError` before the socket opens, or if the engine thread dies.
+    If the engine thread dies, a new process takes the place of this one, and the runtime file stays for it. Raises
+    `StartupError` before anything is served, and `EngineDied` if there can be no new process.
     """
+    try:
+        successor = _load_and_serve(settings, Handover.take(), progress)
+        if successor is not None:
+            successor.replace_process()
+    except RuntimeError as error:
+        if not is_device_error(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise StartupError(f"The device cannot be used: {reason}.", "Look at its driver, or restart it.") from error
+    finally:
+        remove_endpoint(_project_of(settings), os.getpid())
+
+
+def _load_and_serve(
+    settings: Settings, taken: Handover | None, progress: Callable[[], AbstractContextManager[OnProgress]]
+) -> Handover | None:
+    """Serve on the port that was taken over, or on a new one; returns what the next process takes over, if any."""
     torch.set_num_threads(settings.threads or choose_threads())
     library = load_library(settings.personas)
     if settings.host not in LOOPBACK and not settings.needs_token:
         raise StartupError(f"--no-auth is refused on {settings.host}.", "Only loopback may go without a token.")
-    with _bind(settings.host, settings.port) as sock:
+    handover = taken or Handover(_bind(settings.host, settings.port), _new_token(settings))
+    with handover.sock:
         with progress() as on_progress:
             base = load_base(
                 settings.base,
@@ -113,7 +137,7 @@ def run_daemon(settings: Settings, progress: Callable[[], AbstractContextManager
         adapters = make_store(base.decoder.shape, base.device, config)
         load_adapters(adapters, library, base.info.name)
         config = fit_gpu(settings, base, adapters, config)
-        asyncio.run(_serve(settings, sock, base, library, adapters, config, progress))
+        return asyncio.run(_serve(settings, handover, base, library, adapters, config, progress))
 
 
 def load_library(folder: Path) -> Library:
@@ -276,18 +300,17 @@ def _unreadable(persona: Persona, error: Exception) -> AdapterIncompatible:
 
 async def _serve(
     settings: Settings,
-    sock: socket.socket,
+    handover: Handover,
     base: LoadedBase,
     library: Library,
     adapters: AdapterStore,
     config: EngineConfig,
     progress: Callable[[], AbstractContextManager[OnProgress]],
-) -> None:
-    stop = asyncio.Event()
+) -> Handover | None:
+    asked, over = asyncio.Event(), asyncio.Event()  # to stop; for that or another reason
     loop = asyncio.get_running_loop()
-    _stop_on_signals(stop)
-    port = sock.getsockname()[1]
-    token = secrets.token_urlsafe(24) if settings.needs_token else None
+    restore_signals = _stop_on_signals(asked, over)
+    port = handover.sock.getsockname()[1]
     context = min(base.decoder.shape.context, config.kv_tokens)
     server = NpcServer(
         info=DaemonInfo(
@@ -295,7 +318,7 @@ async def _serve(
             device=base.device.name,
             backend=base.backend,
             base=BaseModelInfo(name=base.info.name, sha256=base.info.sha256, context=context),
-            token=token,
+            token=handover.token,
         ),
         library=library,
         render=lambda messages: base.tokenizer.render(messages).token_ids,
@@ -304,7 +327,7 @@ async def _serve(
     )
 
     def on_death() -> None:
-        loop.call_soon_threadsafe(stop.set)
+        loop.call_soon_threadsafe(over.set)
 
     try:
         engine = Engine(base.decoder, base.tokenizer, adapters, config, on_step=server.on_step, on_death=on_death)
@@ -315,23 +338,39 @@ async def _serve(
     if base.device.torch_device.type == "cuda":
         with progress() as on_progress:
             engine.warm(lambda fraction: on_progress("preparing the GPU", fraction))
-    await server.start(sock, engine)
-    project = settings.project or project_of(settings.personas)
-    endpoint = Endpoint(port, os.getpid(), token, PROTOCOL_VERSION, base.info.name)
-    _announce(endpoint)
-    path = _write_runtime_file(project, endpoint)
+    await server.start(handover.sock, engine)
+    endpoint = Endpoint(port, os.getpid(), handover.token, PROTOCOL_VERSION, base.info.name)
+    if not handover.replaced_at:  # the first line on stdout is still true, and whoever read it expects no second one
+        _announce(endpoint)
+    path = _write_runtime_file(_project_of(settings), endpoint)
     if settings.host not in LOOPBACK:
         logger.warning("bound to %s: other machines can connect, with the token", settings.host)
     logger.info(
         "%s on %s, %d personas; ws://%s:%d/v1; token and port in %s; Ctrl-C stops",
         *(base.info.name, base.device.name, len(library), settings.host, port, path),
     )
-    await stop.wait()
-    logger.info("stopping")
-    remove_endpoint(project, os.getpid())
-    await server.close()
-    if engine.has_died:
-        raise StartupError("The engine thread died.", "The log above has the reason; start the daemon again.")
+    await over.wait()
+    successor = None
+    try:
+        if engine.has_died and not asked.is_set():
+            successor = handover.successor()
+    finally:
+        logger.info("stopping" if successor is None else "a new process takes over")
+        if successor is None:
+            remove_endpoint(_project_of(settings), os.getpid())
+        await server.close("the daemon was stopped" if successor is None else "the daemon restarts; connect again")
+    if successor is not None:
+        restore_signals()  # one that comes from here on ends the process wherever it is
+        await asyncio.sleep(SIGNAL_S)
+    return None if asked.is_set() else successor
+
+
+def _project_of(settings: Settings) -> str:
+    return settings.project or project_of(settings.personas)
+
+
+def _new_token(settings: Settings) -> str | None:
+    return secrets.token_urlsafe(24) if settings.needs_token else None
 
 
 def _write_runtime_file(project: str, endpoint: Endpoint) -> Path | None:
@@ -350,13 +389,26 @@ def _announce(endpoint: Endpoint) -> None:
         logger.info("stdout is closed")
 
 
-def _stop_on_signals(stop: asyncio.Event) -> None:
+def _stop_on_signals(*events: asyncio.Event) -> Callable[[], None]:
+    """Set the events on SIGINT and SIGTERM. What is returned puts back the handlers that were there before."""
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [(number, signal.getsignal(number)) for number in numbers]
+
+    def set_all() -> None:
+        for event in events:
+            event.set()
+
+    def restore() -> None:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+    for number in numbers:
         try:
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, set_all)
         except NotImplementedError:  # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(set_all))
+    return restore
 
 
 def _bind(host: str, port: int) -> socket.socket:

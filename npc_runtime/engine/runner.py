@@ -53,6 +53,18 @@ class Runner:
         self.draw = decoder.kernels.draw
         self.num_forwards = 0
 
+    def drop_recordings(self) -> None:
+        """Forget all recordings and what they hold of the device's memory; steps are recorded anew."""
+        self._recordings.clear()
+        self._plan = self._newest = None
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """Begin with empty device state, after an error that the device survived; nobody has KV blocks any more."""
+        self.drop_recordings()
+        self._kv.keys.zero_()  # in place: its memory is ours as before, only what it holds is suspect
+        self._kv.values.zero_()
+
     @torch.inference_mode()
     def forward(self, rows: Rows[PlannedRow]) -> Tensor:  # (num_sampling_rows, vocab) float32
         """Run all rows in one forward pass; return the logits of those rows that sample, in order."""
