@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from npc_runtime.daemon import load_base
 from npc_runtime.engine import quantized
-from npc_runtime.engine.model import ModelShape
+from npc_runtime.engine.model import Decoder, ModelShape
 from npc_runtime.engine.scheduler import PlannedRow
 from npc_runtime.engine.weights import describe_base, iterate_weights, read_config
 from npc_runtime.errors import StartupError
@@ -88,6 +88,9 @@ def test_linears_get_4_bits_and_the_head_8(base):
         else:
             assert torch.equal(weight, wide)
     assert packed.keys() == dense.keys() | {"lm_head.weight"}
+    decoder = Decoder(read_config(base), packed.items(), gpu)
+    assert decoder.head.bits == 8, "although it is tied to the embedding"
+    assert torch.equal(decoder.embedding, dense["model.embed_tokens.weight"])
 
 
 def test_the_second_start_reads_what_the_first_one_made(base, tmp_path, monkeypatch):
@@ -212,6 +215,8 @@ def test_a_copy_of_a_tied_head_is_left_out(base):
     tensors = load_file(base / "model.safetensors")
     save_file({"lm_head.weight": torch.zeros(97, 48), **tensors}, base / "model.safetensors")
     assert torch.equal(load(base)["lm_head.weight"].values, expected.values)
+    quantizer = quantized.Quantizer(describe_base("base", base), CPU, quiet)
+    assert [name for name, _ in quantizer.weights()].count("lm_head.weight") == 1
 
 
 SMALL = ModelShape(16, 576, 1536, 9, 3, 64, 49152, 8192, 1e-5)

@@ -123,7 +123,7 @@ def pack_int4(
     in_features = codes.shape[1]
     missing = -in_features % BLOCK
     num_groups = (in_features + missing) // group
-    words = _pack(torch.nn.functional.pad(codes, (0, missing), value=MIDDLE))
+    words = _pack(torch.nn.functional.pad(codes, (0, missing)))
 
     def fill(values: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.nn.functional.pad(values.to(dtype), (0, num_groups - values.shape[1])).contiguous()
