@@ -117,7 +117,8 @@ def serve(
 ) -> None:
     """Run the daemon until Ctrl-C. Its first line on stdout says port and token, as JSON."""
     from npc_runtime.console import progress_bars, stderr
-    from npc_runtime.daemon import Settings, run_daemon
+    from npc_runtime.daemon import run_daemon
+    from npc_runtime.loading import Settings
 
     _prepare_process()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
@@ -277,7 +278,7 @@ def persona_list(personas: Personas = None, as_json: AsJson = False) -> None:
 def persona_check(personas: Personas = None, base: Base = EMBEDDED_BASE) -> None:
     """Check every persona file and adapter against the base; exit status 1 if anything is wrong."""
     from npc_runtime.console import progress_bars, stderr
-    from npc_runtime.daemon import check_personas
+    from npc_runtime.loading import check_personas
 
     _prepare_process()
     library = _load_library(personas)

@@ -70,6 +70,7 @@ LAYERS = [
     "npc_runtime.engine.engine",
     "npc_runtime.server",
     "npc_runtime.client",
+    "npc_runtime.loading",
     "npc_runtime.handover",
     "npc_runtime.daemon",
     "npc_runtime.train",

@@ -14,12 +14,12 @@ from test_model import CPU, make_runner, make_sequence
 from tiny import SIZES, make_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from npc_runtime.daemon import load_base
 from npc_runtime.engine import quantized
 from npc_runtime.engine.model import Decoder, ModelShape
 from npc_runtime.engine.scheduler import PlannedRow
 from npc_runtime.engine.weights import describe_base, iterate_weights, read_config
 from npc_runtime.errors import StartupError
+from npc_runtime.loading import load_base
 from npc_runtime.persona import shipped_personas
 
 
