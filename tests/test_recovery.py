@@ -48,7 +48,8 @@ def test_running_and_waiting_lines_end_and_the_next_say_what_they_would_have(tin
     assert_device_failed(run, range(60, 65))
     assert engine.stats().kv_blocks_used == engine.stats().kv_blocks_cached == 0
     assert not engine._runner._recordings
-    assert not (engine._runner._kv.keys.any() or engine._runner._kv.values.any())
+    assert not engine._runner._kv.keys.any()
+    assert not engine._runner._kv.values.any()
     assert speak(engine, run, prompts).tokens == expected
     assert [run.ended(n).num_cached for n in range(1, 6)] == cached
 
