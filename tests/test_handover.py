@@ -12,12 +12,15 @@ import tempfile
 import time
 
 import pytest
+import torch
 from conftest import MS, RUNTIME_FOLDER, DaemonProcess, discard
 from game import line, play
 from websockets.exceptions import ConnectionClosed
 
+import npc_runtime.daemon as daemon_module
 from npc_runtime import handover
-from npc_runtime.errors import EngineDied
+from npc_runtime.discovery import Endpoint, write_endpoint
+from npc_runtime.errors import EngineDied, StartupError
 from npc_runtime.handover import Handover
 from npc_runtime.persona import shipped_personas
 
@@ -132,6 +135,32 @@ async def test_who_asks_it_to_stop_meanwhile_is_obeyed(broken_daemon):
     status = await asyncio.to_thread(daemon.process.wait, 30_000 * MS)
     assert status in (0, -signal.SIGTERM), daemon.read_log()
     assert "Traceback" not in daemon.read_log().partition("a new process takes over")[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            torch.AcceleratorError("CUDA error: unspecified launch failure\nhints"),
+            StartupError,
+            "unspecified launch failure.",
+        ),
+        (RuntimeError("a defect"), RuntimeError, "a defect"),
+    ],
+)
+def test_a_device_that_fails_while_the_base_is_loaded_is_said(monkeypatch, tmp_path, error, kind, message):
+    """By a process that took over: clients must not be sent on to a port that nobody serves."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    path = write_endpoint("broken", Endpoint(4780, os.getpid(), "t", 1, "base"))
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(daemon_module, "_load_and_serve", fail)
+    settings = daemon_module.Settings("base", tmp_path, "127.0.0.1", 0, "auto", None, True, "broken")
+    with pytest.raises(kind, match=message):
+        daemon_module.run_daemon(settings, contextlib.nullcontext)
+    assert not path.exists()
 
 
 @pytest.fixture
