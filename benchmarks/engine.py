@@ -21,10 +21,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from npc_kernels import cpu, cpu_exact
 
-from npc_runtime.daemon import LoadedBase, load_base, make_store
 from npc_runtime.engine.adapters import AdapterStore
 from npc_runtime.engine.core import Ended, EngineConfig, Request, SamplingParams, StepOutput
 from npc_runtime.engine.engine import Engine
+from npc_runtime.loading import LoadedBase, load_base, make_store
 
 PROMPT_TOKENS, NEW_TOKENS, RANK, ROUNDS = 43, 100, 16, 3
 

@@ -8,9 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import worker
 
-from npc_runtime.daemon import load_base, make_store
 from npc_runtime.engine.core import Ended, EngineConfig, Request, SamplingParams, Spoken, StepOutput
 from npc_runtime.engine.engine import Engine
+from npc_runtime.loading import load_base, make_store
 
 
 class Ours:

@@ -136,6 +136,7 @@ class Step:
     rows: tuple[tuple[int, int], ...]  # start and stop of each
     ranks: tuple[int, ...]  # of each row's adapter, 0: none
     bits: int = 16
+    has_zeros: bool = False
 
 
 STEPS = (
@@ -145,6 +146,8 @@ STEPS = (
     Step("decode, base only", ((100, 101),) * 8, (0,) * 8),
     Step("decode int4", ((100, 101),) * 8, (16,) * 8, bits=4),
     Step("prefill int4", ((0, 43),) * 8, (16,) * 8, bits=4),
+    Step("decode int4, zeros", ((100, 101),) * 8, (16,) * 8, bits=4, has_zeros=True),
+    Step("prefill int4, zeros", ((0, 43),) * 8, (16,) * 8, bits=4, has_zeros=True),
 )
 
 
@@ -208,7 +211,7 @@ def run_layer(recorder: Recorder, model: Model, step: Step) -> int:
     of_qkv, of_o, of_gate_up, of_down = layout.layers[0]
 
     def linear(out_features: int, in_features: int) -> gpu.Linear:
-        return gpu.Linear(make_weight(out_features, in_features, step.bits, model.group))
+        return gpu.Linear(make_weight(out_features, in_features, step.bits, model.group, has_zeros=step.has_zeros))
 
     x = gpu.begin(hidden, plan, vector, 1e-5)
     before = len(recorder.launches)
@@ -252,12 +255,15 @@ def describe(step: Step, layout: PageLayout) -> BatchMetadata:
     )
 
 
-def make_weight(out_features: int, in_features: int, bits: int, group: int) -> Tensor | Int4Weight | Int8Weight:
+def make_weight(
+    out_features: int, in_features: int, bits: int, group: int, *, has_zeros: bool = False
+) -> Tensor | Int4Weight | Int8Weight:
     """A weight without memory."""
     if bits == 4:
         blocks = -(-in_features // 128)
         words, scale = empty(out_features, blocks * 16, dtype=torch.int32), empty(out_features, blocks * 128 // group)
-        return Int4Weight(words, scale, in_features, group)
+        zeros = empty(*scale.shape, dtype=torch.int8) if has_zeros else None
+        return Int4Weight(words, scale, in_features, group, zeros)
     if bits == 8:
         return Int8Weight(empty(out_features, in_features, dtype=torch.int8), empty(out_features))
     return empty(out_features, in_features, dtype=torch.bfloat16)

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +18,7 @@ import typer
 
 from npc_runtime import __version__
 from npc_runtime.engine.embedded import EMBEDDED_BASE, ensure_embedded_base
-from npc_runtime.errors import NpcError
+from npc_runtime.errors import EngineDied, NpcError
 
 if TYPE_CHECKING:
     from npc_runtime.persona import Library
@@ -42,6 +43,14 @@ class DType(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     AUTO = "auto"
+
+
+class Quantize(StrEnum):
+    """In how many bits the base's linears are held."""
+
+    AUTO = "auto"
+    INT4 = "int4"
+    NONE = "none"
 
 
 Base = Annotated[str, typer.Option(help="The embedded base's name, or a model folder.", metavar="NAME|PATH")]
@@ -76,6 +85,10 @@ def serve(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="CPU: a seed replays a line to the last bit in any company; slower.")
     ] = False,
+    quantize: Annotated[
+        Quantize,
+        typer.Option(help="auto: 4 bits on a GPU for a base of a billion weights or more that has none of its own."),
+    ] = Quantize.AUTO,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Accept clients without a token (loopback only).")] = False,
     project: Annotated[str | None, typer.Option(help="Name of the runtime file; default from --personas.")] = None,
     adapter_memory: Annotated[
@@ -95,10 +108,17 @@ def serve(
             help="The KV cache: all lines that run, and prompts computed before; default 16384 tokens, at most 1024.",
         ),
     ] = None,
+    gpu_memory: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MIB", min=1, help="GPU: all that the daemon may take of its memory; the game has the rest."
+        ),
+    ] = None,
 ) -> None:
     """Run the daemon until Ctrl-C. Its first line on stdout says port and token, as JSON."""
     from npc_runtime.console import progress_bars, stderr
-    from npc_runtime.daemon import Settings, run_daemon
+    from npc_runtime.daemon import run_daemon
+    from npc_runtime.loading import Settings
 
     _prepare_process()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
@@ -112,14 +132,23 @@ def serve(
         dtype=dtype.value,
         threads=threads,
         deterministic=deterministic,
+        quantize=quantize.value,
         needs_token=not no_auth,
         project=project,
         adapter_mib=adapter_memory,
         kv_mib=kv_memory,
+        gpu_mib=gpu_memory,
     )
-    run_daemon(settings, lambda: progress_bars(stderr()))
+    status = 0
+    try:
+        run_daemon(settings, lambda: progress_bars(stderr()))
+    except EngineDied as error:
+        typer.echo(f"npc-runtime: {error}", err=True)
+        status = 1
     logging.shutdown()
-    os._exit(0)  # all is closed; taking torch apart would cost another second of the two that a stop may take
+    # All is closed. Taking torch apart would cost another second of the two that a stop may take, and may never end
+    # with a device that does not answer.
+    os._exit(status)
 
 
 @app.command()
@@ -197,6 +226,40 @@ def bench(
     typer.echo(result.to_json() if as_json else result.to_text())
 
 
+@app.command("quantize")
+def quantize_base(
+    base: Base = EMBEDDED_BASE,
+    out: Annotated[
+        Path | None, typer.Option(help="An empty folder, for --base; default: the cache, where serve looks.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make 4 bits of a base ahead of time; prints what that saves and how far the weights moved."""
+    from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.engine.device import choose_device
+    from npc_runtime.engine.quantized import write_quantized
+    from npc_runtime.engine.weights import describe_base, read_config, resolve_base
+
+    _prepare_process()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    with progress_bars(stderr()) as report:
+        path = resolve_base(base, report)
+        read_config(path)  # refuses what is no base
+        folder, result = write_quantized(
+            describe_base(base, path),
+            out,
+            device=choose_device("auto").torch_device,
+            on_progress=report,
+        )
+    if as_json:
+        typer.echo(json.dumps({"base": base, "folder": str(folder), **asdict(result)}))
+        return
+    for kind, error in result.errors.items():
+        typer.echo(f"{kind:<12} off by {error['median']:.1%}, the worst one by {error['worst']:.1%}")
+    before, after = (f"{size / 1e6:,.0f} MB" for size in (result.bytes_before, result.bytes_after))
+    typer.echo(f"{before} became {after}, in {folder}")
+
+
 @persona_app.command("list")
 def persona_list(personas: Personas = None, as_json: AsJson = False) -> None:
     """List the personas of a folder."""
@@ -215,7 +278,7 @@ def persona_list(personas: Personas = None, as_json: AsJson = False) -> None:
 def persona_check(personas: Personas = None, base: Base = EMBEDDED_BASE) -> None:
     """Check every persona file and adapter against the base; exit status 1 if anything is wrong."""
     from npc_runtime.console import progress_bars, stderr
-    from npc_runtime.daemon import check_personas
+    from npc_runtime.loading import check_personas
 
     _prepare_process()
     library = _load_library(personas)

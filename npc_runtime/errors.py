@@ -2,6 +2,7 @@
 
     NpcError
     ├── StartupError            before the socket opens; the CLI prints it as one line
+    ├── EngineDied              the daemon's engine ended while it served, and no process takes its place
     ├── DisconnectedError       a client's own: the connection to the daemon is gone
     └── WireError               has a `code`; reaches the client in `error`, `accepted` or `line.end`
         ├── AuthError               auth
@@ -19,6 +20,7 @@
         ├── FormatUnsupported       format_unsupported
         ├── OutOfMemory             out_of_memory       (retryable)
         └── InternalError           internal
+            └── DeviceFailed            internal        (retryable)
 
 `message` names the thing that is wrong; `hint` says what to do about it.
 """
@@ -31,7 +33,9 @@ __all__ = [
     "AuthError",
     "ContextOverflow",
     "DeadlineError",
+    "DeviceFailed",
     "DisconnectedError",
+    "EngineDied",
     "FormatUnsupported",
     "InternalError",
     "InvalidError",
@@ -62,6 +66,10 @@ class NpcError(Exception):
 
 class StartupError(NpcError):
     """The daemon cannot start: no base model, a busy port, a folder that does not exist."""
+
+
+class EngineDied(NpcError):
+    """The engine ended while it served, and no other process takes the daemon's place."""
 
 
 class DisconnectedError(NpcError):
@@ -166,3 +174,9 @@ class InternalError(WireError):
     """A defect of ours; the daemon's log has the details."""
 
     code = "internal"
+
+
+class DeviceFailed(InternalError):
+    """The device failed, and every line of that moment with it; nothing is wrong with the request."""
+
+    retryable = True

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 HELLO_TIMEOUT_S = 5.0
 SEND_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 0.8
+FLUSH_TIMEOUT_S = 0.5
 MAX_CONNECTIONS = 16
 MAX_OUTBOX = 2_048  # messages; more than all ends of a full connection
 CONGESTED_OUTBOX = 16  # from here on deltas wait and merge
@@ -80,16 +81,26 @@ class NpcServer:
             server_header=None,
         )
 
-    async def close(self) -> None:
+    async def close(self, reason: str) -> None:
         """Tell every client that the daemon goes, and stop the engine; both get the same time."""
         assert self._server is not None
         assert self._engine is not None
-        self._server.close(code=wire.CloseCode.RESTART, reason="the daemon was stopped")
+        if self._engine.has_died:
+            await self._flush()
+        self._server.close(code=wire.CloseCode.RESTART, reason=reason)
         closed = asyncio.ensure_future(self._server.wait_closed())
         stopped = asyncio.ensure_future(asyncio.to_thread(self._engine.close, CLOSE_TIMEOUT_S))
         await asyncio.wait([closed, stopped], timeout=CLOSE_TIMEOUT_S)
         for connection in self._connections:  # a client that does not read does not answer the close either
             connection.abort()
+
+    async def _flush(self) -> None:
+        """Wait, a moment at most, until everybody has got what was said last: that their lines are over, and why."""
+        unsent = [asyncio.ensure_future(connection.flushed()) for connection in self._connections]
+        if unsent:
+            _, pending = await asyncio.wait(unsent, timeout=FLUSH_TIMEOUT_S)
+            for task in pending:
+                task.cancel()
 
     def on_step(self, step: StepOutput) -> None:
         """Take a step's outcome from the engine thread to the loop: the one place where the two meet."""
@@ -247,6 +258,10 @@ class _Connection:
         self._perform([*effects, *session.after_step(now)])
         self._plan_tick(now)
 
+    async def flushed(self) -> None:
+        """Wait until everything in the outbox was sent."""
+        await self._outbox.join()
+
     def abort(self) -> None:
         """Drop the socket without a close handshake."""
         self._socket.transport.abort()
@@ -279,6 +294,7 @@ class _Connection:
                     return
                 async with asyncio.timeout(SEND_TIMEOUT_S):
                     await self._socket.send(codec.encode(message, self._session.subprotocol))
+                self._outbox.task_done()
                 self._session.is_congested = self._outbox.qsize() > CONGESTED_OUTBOX
                 self._plan_tick(time.monotonic())
         except TimeoutError:

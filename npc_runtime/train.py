@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npc_runtime.engine.checkpoints import read_scheme
 from npc_runtime.engine.tokenizer import ChatTokenizer
+from npc_runtime.engine.weights import read_config
 from npc_runtime.errors import PersonaInvalid, StartupError
 from npc_runtime.persona import Persona
 
@@ -67,7 +69,8 @@ def train_persona(
 ) -> list[Epoch]:
     """Train and write `<persona>/adapter`. Raises `PersonaInvalid` for missing or too few lines.
 
-    The files are replaced only at the end, by those of the epoch with the lowest held-out loss.
+    Raises `StartupError` for a quantized base. The files are replaced only at the end, by those of the epoch with the
+    lowest held-out loss.
     """
     try:
         import peft
@@ -75,6 +78,12 @@ def train_persona(
         raise StartupError("Training needs the package peft.", "pip install 'npc-runtime[train]'") from error
     from transformers import AutoModelForCausalLM
 
+    read_config(base)  # refuses what is no base
+    if read_scheme(base) is not None:
+        raise StartupError(
+            f"{base} is quantized, and adapters are trained on dense weights.",
+            "Train on the float16 or bfloat16 version of the same model; the adapter fits this one too.",
+        )
     tokenizer = ChatTokenizer(base)
     train = _read_examples(persona, "lines.jsonl", tokenizer)
     heldout = _read_examples(persona, "heldout.jsonl", tokenizer)

@@ -36,7 +36,7 @@ def base_folder():
 @pytest.fixture(scope="session")
 def float_base():
     """The embedded base in float32, loaded once."""
-    from npc_runtime.daemon import load_base
+    from npc_runtime.loading import load_base
 
     return load_base("smollm2-135m", "float32", lambda label, fraction: None)
 

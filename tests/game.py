@@ -39,7 +39,9 @@ class play:
         self.hello = {"type": "hello", "protocol": 1, "token": daemon.token, **hello}
 
     async def __aenter__(self):
-        self.socket = await connect(self.daemon.url, subprotocols=[self.subprotocol], compression=None)
+        # A process that takes over the port of another one loads its base before it answers.
+        options = dict(compression=None, open_timeout=30_000 * MS)
+        self.socket = await connect(self.daemon.url, subprotocols=[self.subprotocol], **options)
         game = Game(self.socket, self.subprotocol)
         await game.send(**self.hello)
         game.welcome = await game.receive()

@@ -6,11 +6,11 @@ import pytest
 import torch
 from game import line, play
 
-from npc_runtime.daemon import Settings, make_config
 from npc_runtime.engine.core import EngineConfig
 from npc_runtime.engine.device import Device
 from npc_runtime.engine.model import ModelShape
 from npc_runtime.errors import StartupError
+from npc_runtime.loading import Settings, make_config
 from npc_runtime.persona import shipped_personas
 
 SMALL = ModelShape(30, 576, 1536, 9, 3, 64, 49152, 8192, 1e-5)  # SmolLM2-135M

@@ -39,6 +39,8 @@ def test_a_model_is_compiled_for_gpus_that_are_not_there():
         "decode, base only": 9,
         "decode int4": 9,
         "prefill int4": 9,
+        "decode int4, zeros": 9,
+        "prefill int4, zeros": 9,
     }
     kernels = {row["kernel"] for row in found["compile"]}
     assert {"_project_kernel", "_attend_kernel", "_combine_kernel", "_qkv_kernel", "_draw_kernel"} <= kernels

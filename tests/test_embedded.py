@@ -84,7 +84,7 @@ def test_another_process_may_finish_first(tmp_path):
     for folder in (made, final):
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"from": folder.name}))
-    embedded._put_in_place(made, final)
+    embedded.put_in_place(made, final)
     assert json.loads((final / "config.json").read_text()) == {"from": "final"}
 
 

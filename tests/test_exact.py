@@ -10,8 +10,8 @@ from npc_kernels import cpu_exact
 from tiny import make_adapter
 from transformers import AutoModelForCausalLM
 
-from npc_runtime.daemon import load_base
 from npc_runtime.engine.core import EngineConfig, Request, SamplingParams
+from npc_runtime.loading import load_base
 
 NUM_LINES, NUM_TOKENS = 17, 12
 

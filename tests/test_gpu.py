@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 import torch
-from npc_kernels import gpu, lora, reference
+from npc_kernels import gpu, lora, quant, reference
 from npc_kernels.batch import BatchMetadata, LoraBatch, LoraSpan
 from npc_kernels.gemm import Activations, base_split
 from npc_kernels.gpu_plan import CHUNK, plan, plan_segments, plan_tiles
-from npc_kernels.quant import dequantize, quantize_int4, quantize_int8
+from npc_kernels.quant import concatenate, dequantize, pack_int4, quantize_int4, quantize_int8
 from npc_kernels.reference import HeadNorms
 
 from npc_runtime.engine.model import ModelShape, PageLayout
@@ -165,12 +165,34 @@ def weights(out_features, in_features, bits, dtype):
     dense = torch.randn(out_features, in_features, dtype=dtype) / in_features**0.5
     if bits == 16:
         return dense, dense
+    if isinstance(bits, str):
+        return with_zeros(out_features, in_features, int(bits), dtype)
     packed = quantize_int8(dense) if bits == 8 else quantize_int4(dense, bits)
     return packed, dequantize(packed)
 
 
+def with_zeros(out_features, in_features, group, dtype):
+    """Random codes with a zero for each group, one of them 16, and what they stand for by the formula."""
+    num_groups = -(-in_features // group)
+    codes, zeros = torch.randint(16, (out_features, in_features)), torch.randint(17, (out_features, num_groups))
+    zeros[0, 0] = 16
+    scale = torch.rand(out_features, num_groups) / 8 / in_features**0.5
+    wide = [part.repeat_interleave(group, 1)[:, :in_features] for part in (zeros, scale)]
+    return pack_int4(codes, scale, zeros, group), ((codes - wide[0]) * wide[1]).to(dtype)
+
+
+KINDS = {
+    "dense": 16,
+    "int8": 8,
+    "int4-128": 128,
+    "int4-64": 64,
+    "int4-32": 32,
+    "zeros-32": "32",
+}
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("kind", [16, 8, 128, 64, 32], ids=["dense", "int8", "int4-128", "int4-64", "int4-32"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("num_rows", [1, 17, 64])
 def test_project_is_the_product(num_rows, shape, kind, dtype, tolerance):
@@ -184,7 +206,7 @@ def test_project_is_the_product(num_rows, shape, kind, dtype, tolerance):
     torch.testing.assert_close(product.out.sum(0).double(), x.double() @ dense.double().T, atol=tolerance, rtol=1e-3)
 
 
-@pytest.mark.parametrize("kind", [16, 8, 64], ids=["dense", "int8", "int4"])
+@pytest.mark.parametrize("kind", [16, 8, 64, "64"], ids=["dense", "int8", "int4", "zeros"])
 def test_the_head_applies_the_norm(kind):
     torch.manual_seed(0)
     packed, dense = weights(151, 300, kind, torch.float32)
@@ -205,11 +227,75 @@ def test_planes_follow_from_the_shape():
 def test_codes_are_as_close_as_their_scale_allows(kind):
     torch.manual_seed(0)
     dense = torch.randn(9, 500)
-    restored = dequantize(quantize_int8(dense) if kind == 8 else quantize_int4(dense, kind))
+    restored = dequantize(quantize_int8(dense) if kind == 8 else quantize_int4(dense, kind, uses_all_codes=False))
     group = 500 if kind == 8 else kind
     padded = torch.nn.functional.pad(dense, (0, -500 % group)).view(9, -1, group)
     step = padded.abs().amax(-1, keepdim=True) / (127 if kind == 8 else 7)
     assert ((restored - dense).abs() <= step.expand_as(padded).flatten(1)[:, :500] / 2 + 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", ["128", "64", "32"])
+def test_codes_of_others_stand_for_the_same_numbers(kind):
+    torch.manual_seed(0)
+    for in_features in (500, 128, 40):
+        packed, dense = with_zeros(9, in_features, int(kind), torch.float32)
+        assert torch.equal(dequantize(packed), dense)
+        assert packed.shape == dense.shape
+        plain = packed._replace(zeros=None)
+        assert torch.equal(dequantize(plain), dequantize(packed._replace(zeros=torch.full_like(packed.zeros, 8))))
+
+
+@pytest.mark.parametrize("group", [128, 64, 32])
+def test_the_largest_magnitude_gets_the_code_that_has_no_counterpart(group):
+    """Whatever its sign; with a sixteenth more of the range, rounding errs by an eighth less."""
+    torch.manual_seed(0)
+    dense = torch.randn(40, 512)
+    plain, full = (dequantize(quantize_int4(dense, group, uses_all_codes=full)) for full in (False, True))
+    assert (full - dense).square().mean() < 0.85 * (plain - dense).square().mean()
+    largest = dense.view(40, -1, group).abs().max(-1, keepdim=True)
+    torch.testing.assert_close(
+        full.view(40, -1, group).gather(-1, largest.indices), dense.view(40, -1, group).gather(-1, largest.indices)
+    )
+
+
+def test_quantizing_goes_by_slices(monkeypatch):
+    """A slice is a row at least, and slices do not show."""
+    torch.manual_seed(0)
+    dense = torch.randn(9, 200)
+    whole = quantize_int4(dense, 32), quantize_int8(dense)
+    errors = [quant.relative_error(dense, packed) for packed in whole]
+    asymmetric = with_zeros(9, 200, 32, torch.float32)
+    assert quant.relative_error(asymmetric[1], asymmetric[0]) == 0
+    monkeypatch.setattr(quant, "SLICE", 500)
+    for one, other in zip(whole, (quantize_int4(dense, 32), quantize_int8(dense)), strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+    for error, packed in zip(errors, whole, strict=True):
+        assert error == pytest.approx(float((dequantize(packed) - dense).norm() / dense.norm()))
+        assert error == pytest.approx(quant.relative_error(dense, packed))
+    assert quant.relative_error(asymmetric[1], asymmetric[0]) == 0
+    assert quant.relative_error(torch.zeros(3, 130), quantize_int8(torch.zeros(3, 130))) == 0
+
+
+def test_zeros_stay_zeros():
+    for packed in (quantize_int4(torch.zeros(3, 130), 32), quantize_int8(torch.zeros(3, 130))):
+        assert not dequantize(packed).any()
+
+
+def test_weights_of_one_input_are_put_together():
+    torch.manual_seed(0)
+    plain, dense = weights(8, 200, 64, torch.float32)
+    asymmetric, its_dense = with_zeros(24, 200, 64, torch.float32)
+    expected = torch.cat([dense, its_dense, dense])
+    together = concatenate([plain, asymmetric, plain])
+    assert isinstance(together, quant.Int4Weight)
+    assert torch.equal(dequantize(together), expected)
+    assert concatenate([plain, plain]).zeros is None
+    for other in (its_dense, with_zeros(24, 200, 32, torch.float32)[0]):
+        mixed = concatenate([plain, other])
+        assert torch.equal(mixed[:8], dense)
+        assert mixed.shape == (32, 200)
+    assert concatenate([plain, its_dense.bfloat16()]).dtype == torch.bfloat16
 
 
 def test_a_group_of_another_size_is_refused():

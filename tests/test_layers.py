@@ -33,6 +33,7 @@ LAYERS = [
     "npc_kernels.attention",
     "npc_kernels.sampling",
     "npc_kernels.gpu",
+    "npc_kernels.gpu_check",
     "npc_runtime",
     "npc_runtime.errors",
     "npc_runtime.persona",
@@ -51,18 +52,26 @@ LAYERS = [
     "npc_runtime.engine.tokenizer",
     "npc_runtime.engine.ending",
     "npc_runtime.engine.device",
+    "npc_runtime.engine.faults",
     "npc_runtime.engine.embedded",
     "npc_runtime.engine.codes",
+    "npc_runtime.engine.checkpoints",
     "npc_runtime.engine.weights",
     "npc_runtime.engine.model",
+    "npc_runtime.engine.memory",
+    "npc_runtime.engine.model_folder",
+    "npc_runtime.engine.quantized",
     "npc_runtime.engine.peft_folder",
     "npc_runtime.engine.host_copies",
     "npc_runtime.engine.adapters",
     "npc_runtime.engine.sampler",
+    "npc_runtime.engine.rehearsal",
     "npc_runtime.engine.runner",
     "npc_runtime.engine.engine",
     "npc_runtime.server",
     "npc_runtime.client",
+    "npc_runtime.loading",
+    "npc_runtime.handover",
     "npc_runtime.daemon",
     "npc_runtime.train",
     "npc_runtime.console",
@@ -185,7 +194,8 @@ def test_public_names_are_listed_and_true(name):
     body = ast.parse(SOURCES[name].read_text(encoding="utf-8")).body
     kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     public = {node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")}
-    commands = {"serve", "demo", "bench", "persona_list", "persona_check", "persona_render", "train", "DType"}
+    commands = {"serve", "demo", "bench", "persona_list", "persona_check", "persona_render", "train", "quantize_base"}
+    commands |= {"DType", "Quantize"}
     assert public - set(listed) <= (commands if name == "npc_runtime.cli" else set())
     for public in listed:
         assert hasattr(module, public)

@@ -13,10 +13,10 @@ from peft import PeftModel
 from tiny import make_adapter
 from transformers import AutoModelForCausalLM
 
-from npc_runtime.daemon import LoadedBase, load_base
 from npc_runtime.engine.core import EngineConfig, Sequence
 from npc_runtime.engine.runner import Runner
 from npc_runtime.engine.scheduler import PlannedRow
+from npc_runtime.loading import LoadedBase, load_base
 from npc_runtime.persona import Library, shipped_personas
 
 NUM_TOKENS = 48

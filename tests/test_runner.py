@@ -68,8 +68,9 @@ def embedded(float_base):
     return float_base.decoder, store
 
 
-def test_a_tape_is_the_step(embedded):
+def test_a_tape_is_the_step(embedded, monkeypatch):
     """Few lines on a CPU: adapters change, rows come and go, and a line grows out of its first room."""
+    monkeypatch.setattr(cpu, "SEEN_STEP", 256)
     decoder, store = embedded
     pair = Pair(decoder, store, EngineConfig(kv_tokens=2048))
     names = [*store.resident[:3], None]

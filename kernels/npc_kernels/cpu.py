@@ -44,7 +44,7 @@ __all__ = [
 MAX_CODE_ROWS = {torch.bfloat16: 1, torch.float32: 4}
 """Rows up to which a linear is faster from its 4- or 8-bit codes than from its dense weight (kernels/README.md)."""
 
-SEEN_STEP = 256
+SEEN_STEP = 1024
 """Positions by which the room of a recording grows."""
 
 MAX_ATTENDED = 64
@@ -110,7 +110,7 @@ class _Step(NamedTuple):
     def of(cls, batch: BatchMetadata, room: Room | None) -> "_Step":
         tables, lora = batch.block_tables, batch.lora
         if room is not None:
-            tables = F.pad(tables, (0, room.max_seen // batch.block_size - tables.shape[1]))
+            tables = F.pad(tables, (0, -(-room.max_seen // batch.block_size) - tables.shape[1]))
         live = torch.tensor([] if lora is None else lora.live, dtype=torch.long)
         mask = torch.zeros(0, dtype=torch.bool) if lora is None else lora.mask(batch.row_starts)
         return cls(batch.token_ids, batch.positions, batch.kv_slots, tables, live, mask)

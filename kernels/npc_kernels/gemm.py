@@ -71,6 +71,7 @@ class Weight(NamedTuple):
 
     data: Tensor  # (N, K), int32 words of 4 bits, or (N, K) int8
     scale: Tensor  # of the codes; anything for a dense weight
+    zeros: Tensor  # int8, like the scale; anything if HAS_ZEROS is not set
 
 
 class WeightSizes(NamedTuple):
@@ -80,6 +81,7 @@ class WeightSizes(NamedTuple):
     K: int
     BITS: int  # 4, 8, or 16 for a dense weight of any dtype
     GROUP: int  # inputs that share a scale, in 4 bits
+    HAS_ZEROS: bool  # a zero for each group; else it is 8, in 4 bits
     BLOCK: int  # outputs of one program
     STEP: int  # inputs of one step
     SPLIT: int  # planes
@@ -96,10 +98,11 @@ class Linear:
     ) -> None:
         self.bias = bias
         self.scale: Tensor | None = None
+        self.zeros: Tensor | None = None
         self.group = 0
         if isinstance(weight, Int4Weight):
             self.bits, self.values, self.scale, self.group = 4, weight.words, weight.scale, weight.group
-            self.in_features = weight.in_features
+            self.in_features, self.zeros = weight.in_features, weight.zeros
         elif isinstance(weight, Int8Weight):
             self.bits, self.values, self.scale = 8, weight.values, weight.scale
             self.in_features = weight.values.shape[1]
@@ -120,6 +123,7 @@ class Linear:
             K=self.in_features,
             BITS=self.bits,
             GROUP=self.group,
+            HAS_ZEROS=self.zeros is not None,
             BLOCK=BLOCK_OUT,
             STEP=step,
             SPLIT=split,
@@ -127,7 +131,8 @@ class Linear:
             BLOCKS=triton.cdiv(self.in_features, BLOCK),
             OPERAND=operand(x.dtype),
         )
-        return Weight(self.values, self.values if self.scale is None else self.scale), sizes
+        scale = self.values if self.scale is None else self.scale
+        return Weight(self.values, scale, scale if self.zeros is None else self.zeros), sizes
 
 
 class Planes(NamedTuple):
@@ -182,17 +187,21 @@ def _add_block_of_codes(acc, x_ptr, weight, rows, is_row, columns, block, W: tl.
     NIBBLES: tl.constexpr = W.GROUP // 16
     word = tl.arange(0, 16)
     is_weight = (columns < W.N) & (block < W.BLOCKS)
-    place = (columns * W.BLOCKS + block)[:, None] * 16 + word[None, :]
-    words = tl.load(weight.data + place, mask=is_weight[:, None], other=0)
+    of_words = (columns * W.BLOCKS + block)[:, None] * 16 + word[None, :]
+    words = tl.load(weight.data + of_words, mask=is_weight[:, None], other=0)
     for group in tl.static_range(GROUPS):
         part = tl.zeros_like(acc)
+        place = (columns * W.BLOCKS + block) * GROUPS + group
+        zero = tl.full((W.BLOCK,), 8, dtype=tl.int32)
+        if W.HAS_ZEROS:
+            zero = tl.load(weight.zeros + place, mask=is_weight, other=0).to(tl.int32)
         for nibble in tl.static_range(group * NIBBLES, (group + 1) * NIBBLES):
             k = block * 128 + nibble * 16 + word
             is_input = is_row[None, :] & (k < W.K)[:, None]
             x = tl.load(x_ptr + rows[None, :] * W.K + k[:, None], mask=is_input, other=0.0)
-            codes = (((words >> (4 * nibble)) & 15) - 8).to(tl.float32).to(W.OPERAND)
+            codes = (((words >> (4 * nibble)) & 15) - zero[:, None]).to(tl.float32).to(W.OPERAND)
             part = tl.dot(codes, x.to(W.OPERAND), part, input_precision="ieee")
-        scale = tl.load(weight.scale + (columns * W.BLOCKS + block) * GROUPS + group, mask=is_weight, other=0.0)
+        scale = tl.load(weight.scale + place, mask=is_weight, other=0.0)
         acc += part * scale[:, None]
     return acc
 

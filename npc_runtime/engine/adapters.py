@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from npc_runtime.engine.core import Admission, Sequence
+from npc_runtime.engine.faults import is_device_error, is_out_of_memory
 from npc_runtime.engine.host_copies import HostCopies
 from npc_runtime.engine.model import ModelShape, PageLayout
 from npc_runtime.engine.pages import PagePool
@@ -55,10 +56,10 @@ class AdapterStore:
         self._page_size = layout.num_elements
         self._dtype = dtype
         self._device = device
-        self.host = HostCopies(shape, layout, dtype=dtype, max_bytes=max_host_bytes)
+        self.host = HostCopies(shape, layout, dtype=dtype, max_bytes=max_host_bytes, pinned=device.type == "cuda")
         self._opened: tuple[PagePool, Tensor] | None = None
         self._wanted: queue.SimpleQueue[tuple[str, list[int]] | None] = queue.SimpleQueue()
-        self._outcomes: queue.SimpleQueue[tuple[str, WireError | None]] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[tuple[str, Exception | None]] = queue.SimpleQueue()
         self._loader: threading.Thread | None = None
         self._closing = False
         self.on_loaded: Callable[[], None] = lambda: None  # called on the loader thread: `collect` has news
@@ -72,6 +73,12 @@ class AdapterStore:
     def resident(self) -> tuple[str, ...]:
         """Names of the adapters that are in the pool; may be read from any thread."""
         return self._opened[0].resident if self._opened is not None else ()
+
+    @property
+    def num_bytes(self) -> int:
+        """What the pool takes, or will take when it opens."""
+        num_pages = min(self._max_pages, sum(self.host.sizes.values()))
+        return num_pages * self._page_size * self._dtype.itemsize
 
     def add(self, name: str, parts: Iterable[tuple[Path, float]]) -> AdapterPages:
         """Read an adapter, or several that are applied together, as (folder, scale) pairs.
@@ -117,15 +124,32 @@ class AdapterStore:
         self._made[0].pin(name)
 
     def collect(self) -> list[FailedLoad]:
-        """Take the outcomes of the loads that are done; return those that failed."""
+        """Take the outcomes of the loads that are done; return those that failed.
+
+        Raises the device's own error, if a load met one: it is no adapter's, and calls for `reset`.
+        """
         failed = []
         while not self._outcomes.empty():
             name, error = self._outcomes.get()
             if error is None:
                 self._made[0].loaded(name)
+            elif is_device_error(error):
+                raise error
             else:
-                failed.append(FailedLoad(name, self._made[0].failed(name), error))
+                failed.append(FailedLoad(name, self._made[0].failed(name), _as_wire(name, error)))
         return failed
+
+    def reset(self, timeout_s: float) -> None:
+        """Make the pool anew, as `open` does, after an error of the device; nobody uses or awaits an adapter.
+
+        Raises `TimeoutError` if the loader does not come out of its load: it could write into the new pool.
+        """
+        self.close(timeout_s)
+        if self._loader is not None and self._loader.is_alive():
+            raise TimeoutError(f"an adapter load did not end within {timeout_s:.0f} s")
+        self._wanted, self._outcomes = queue.SimpleQueue(), queue.SimpleQueue()
+        self._loader, self._closing, self._opened = None, False, None
+        self.open()
 
     def close(self, timeout_s: float) -> None:
         """Stop the loader; it finishes the load it is in, if that is soon."""
@@ -146,7 +170,7 @@ class AdapterStore:
     @torch.inference_mode()
     def _write(self, name: str, pages: list[int]) -> None:
         for page, source in zip(pages, self.host.get(name).pages, strict=True):
-            self.pool[page].copy_(source)
+            self.pool[page].copy_(source, non_blocking=True)  # whoever writes synchronises the stream
 
     def _start_load(self, name: str, pages: list[int]) -> None:
         if self._loader is None:
@@ -168,7 +192,7 @@ class AdapterStore:
                     stream.synchronize()
             except Exception as error:  # files come from anywhere; whatever is wrong is this adapter's problem alone
                 logger.warning("adapter %s could not be loaded: %s", name, error)
-                self._outcomes.put((name, _as_wire(name, error)))
+                self._outcomes.put((name, error))
             else:
                 logger.info("adapter %s loaded into pages %s", name, pages)
                 self._outcomes.put((name, None))
@@ -178,7 +202,7 @@ class AdapterStore:
 def _as_wire(name: str, error: Exception) -> WireError:
     if isinstance(error, WireError):
         return error
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if is_out_of_memory(error):
         return OutOfMemory(f"There is no memory to load the adapter of {name}.", "Lower --adapter-memory.")
     return AdapterIncompatible(
         f"The adapter of {name} cannot be read ({type(error).__name__}: {error}).", "Export it again."

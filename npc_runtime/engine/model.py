@@ -4,6 +4,7 @@ Holds the base weights and computes logits for one step of many rows. It does no
 adapter pages come from; `BatchMetadata` says which to use.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,12 +12,15 @@ from typing import Any, Protocol
 import torch
 from npc_kernels import reference
 from npc_kernels.batch import BatchMetadata, Codes, LoraSpan
+from npc_kernels.quant import BaseWeight, Int4Weight, Int8Weight, concatenate
 from npc_kernels.reference import HeadNorms, Settings
 from torch import Tensor
 
 from npc_runtime.errors import StartupError
 
 __all__ = ["Decoder", "Kernels", "KvCache", "ModelShape", "PageLayout", "choose_kernels"]
+
+logger = logging.getLogger(__name__)
 
 FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 """RoPE variants whose frequencies do not depend on the length of the text."""
@@ -75,8 +79,8 @@ class Kernels(Protocol):
 
     __name__: str
 
-    def Linear(self, weight: Tensor, bias: Tensor | None = None, codes: Codes | None = None) -> Any:
-        """A base linear; a class in each module."""
+    def Linear(self, weight: Any, bias: Tensor | None = None, codes: Codes | None = None) -> Any:
+        """A base linear; a class in each module. The GPU's takes weights in 4 and 8 bits as well as dense ones."""
         ...
 
     def prepare(self, dtype: torch.dtype, on_progress: Callable[[float], None]) -> None:
@@ -147,10 +151,11 @@ class Kernels(Protocol):
         ...
 
 
-def choose_kernels(device: torch.device, *, deterministic: bool = False) -> Kernels:
+def choose_kernels(device: torch.device, dtype: torch.dtype, *, deterministic: bool = False) -> Kernels:
     """The fastest kernels there are for a device, or those whose rows do not depend on one another, to the last bit.
 
-    Raises `StartupError` where the latter are not to be had.
+    On a GPU those in Triton if they compute there what they should, else their torch twins, with a warning. Raises
+    `StartupError` where deterministic ones are not to be had.
     """
     if device.type == "cpu":
         from npc_kernels import cpu, cpu_exact  # numba: not for machines that compute on a GPU
@@ -161,7 +166,26 @@ def choose_kernels(device: torch.device, *, deterministic: bool = False) -> Kern
             f"--deterministic is served on the CPU only, and this daemon computes on {device.type}.",
             "Leave it out, or hide the GPU from it: CUDA_VISIBLE_DEVICES=-1.",
         )
+    problem = _find_gpu_problem(device, dtype)
+    if problem is None:
+        from npc_kernels import gpu
+
+        return gpu
+    logger.warning("the GPU kernels cannot be used here, torch computes instead, far slower: %s", problem)
     return reference
+
+
+def _find_gpu_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton's kernels cannot be used; None if they can."""
+    if device.type != "cuda":
+        return f"they are for CUDA, not for {device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has no bfloat16 products (they came with the RTX 30 series)"
+    try:
+        from npc_kernels.gpu_check import check_gpu
+    except ImportError as error:
+        return f"Triton is missing ({error}); on Windows: pip install triton-windows"
+    return check_gpu(device, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +254,7 @@ class Decoder:
     def __init__(
         self,
         config: Any,
-        tensors: Iterable[tuple[str, Tensor]],
+        tensors: Iterable[tuple[str, BaseWeight]],
         kernels: Kernels,
         codes: Mapping[str, Codes] | None = None,
     ) -> None:
@@ -250,9 +274,9 @@ class Decoder:
         ]
         self._norm = weights.take("model.norm.weight", self.shape.hidden)
         head = "lm_head.weight"
-        is_tied = bool(config.tie_word_embeddings)
+        is_tied = bool(config.tie_word_embeddings) and not weights.has_codes(head)
         self.head = kernels.Linear(
-            self.embedding if is_tied else weights.take(head, self.shape.vocab, self.shape.hidden),
+            self.embedding if is_tied else weights.take_linear(head, self.shape.vocab, self.shape.hidden),
             codes=weights.codes("model.embed_tokens.weight" if is_tied else head),
         )
         weights.check_empty(ignored=head if is_tied else None)
@@ -294,14 +318,24 @@ class Decoder:
 class _Weights:
     """Tensors by name, each taken once, its shape checked."""
 
-    def __init__(self, tensors: dict[str, Tensor], codes: Mapping[str, Codes]) -> None:
+    def __init__(self, tensors: dict[str, BaseWeight], codes: Mapping[str, Codes]) -> None:
         self._tensors = tensors
         self._codes = codes
 
     def has(self, name: str) -> bool:
         return name in self._tensors
 
+    def has_codes(self, name: str) -> bool:
+        """Whether a weight is in 4 or 8 bits: of a tied base the head may be, beside the dense embedding."""
+        return isinstance(self._tensors.get(name), (Int4Weight, Int8Weight))
+
     def take(self, name: str, *shape: int) -> Tensor:
+        tensor = self.take_linear(name, *shape)
+        if not isinstance(tensor, Tensor):
+            raise StartupError(f"{name} of the base is quantized.", "It is a variant that is not supported yet.")
+        return tensor
+
+    def take_linear(self, name: str, *shape: int) -> BaseWeight:
         if name not in self._tensors:
             raise StartupError(f"The base has no tensor {name}.", "Fetch the model again.")
         tensor = self._tensors.pop(name)
@@ -344,11 +378,11 @@ def _take_layer(weights: _Weights, shape: ModelShape, index: int, *, rotates: bo
     def linear(parent: str, sizes: dict[str, int], in_features: int) -> Any:
         """Linears of one input as one."""
         names = [f"{parent}.{name}_proj.weight" for name in sizes]
-        parts = [weights.take(name, size, in_features) for name, size in zip(names, sizes.values(), strict=True)]
+        parts = [weights.take_linear(name, size, in_features) for name, size in zip(names, sizes.values(), strict=True)]
         biases = [weights.take_optional(f"{parent}.{name}_proj.bias", size) for name, size in sizes.items()]
         present = [bias for bias in biases if bias is not None]
         bias = torch.cat(present) if len(present) == len(biases) else None
-        return kernels.Linear(torch.cat(parts), bias, weights.codes(*names))
+        return kernels.Linear(concatenate(parts), bias, weights.codes(*names))
 
     return _Layer(
         input_norm=weights.take(f"{prefix}.input_layernorm.weight", shape.hidden),

@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 from npc_kernels.batch import BatchMetadata, LoraBatch
+from npc_kernels.reference import Settings
 from torch import Tensor
 
 from npc_runtime.engine.adapters import AdapterStore
 from npc_runtime.engine.core import EngineConfig
 from npc_runtime.engine.model import Decoder, KvCache
+from npc_runtime.engine.rehearsal import rehearse_decode, rehearse_prefill
 from npc_runtime.engine.scheduler import PlannedRow
 
 __all__ = ["Runner"]
 
 
-MAX_RECORDINGS = 128
-"""Recordings that are kept; each has buffers for its rows."""
+MAX_RECORDINGS = 192
+"""Recordings that are kept; each has buffers for its rows. A rehearsal makes twenty for each number of pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Runner:
     def __init__(self, decoder: Decoder, adapters: AdapterStore, config: EngineConfig) -> None:
         self._decoder = decoder
         self._adapters = adapters
-        self._block_size = config.block_size
+        self._config = config
         self._kv = KvCache.allocate(
             decoder.shape,
             num_blocks=config.num_blocks,
@@ -47,8 +49,21 @@ class Runner:
         )
         self._plan: Any = None  # of the last step that was not recorded; kernels keep what they prepared in it
         self._recordings: OrderedDict[Any, _Recording] = OrderedDict()  # the least recently used first
+        self._newest: Any = None  # plan of the newest recording; all share some memory through it
         self.draw = decoder.kernels.draw
         self.num_forwards = 0
+
+    def drop_recordings(self) -> None:
+        """Forget all recordings and what they hold of the device's memory; steps are recorded anew."""
+        self._recordings.clear()
+        self._plan = self._newest = None
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """Begin with empty device state, after an error that the device survived; nobody has KV blocks any more."""
+        self.drop_recordings()
+        self._kv.keys.zero_()  # in place: its memory is ours as before, only what it holds is suspect
+        self._kv.values.zero_()
 
     @torch.inference_mode()
     def forward(self, rows: Rows[PlannedRow]) -> Tensor:  # (num_sampling_rows, vocab) float32
@@ -66,11 +81,29 @@ class Runner:
         self._plan = self._decoder.plan(batch, self._plan)
         return self._decoder.forward(self._plan, self._kv)
 
+    @torch.inference_mode()
+    def warm(self, on_progress: Callable[[float], None]) -> None:
+        """Compile and record what lines will need, as far as it can be foreseen. Call it before the first line."""
+        config, pool = self._config, self._adapters.pool
+        sizes = [size for size in set(self._adapters.host.sizes.values()) if size <= len(pool)]
+        prefill = list(rehearse_prefill(config.max_step_tokens, sizes, pool, config.block_size))
+        decode = list(rehearse_decode(config.max_rows, sizes, pool, config.block_size))
+        for done, batch in enumerate([*prefill, *decode]):
+            on_progress(done / (len(prefill) + len(decode)))
+            room = self._decoder.kernels.room(batch)
+            if room is None:
+                logits = self._decoder.forward(self._decoder.plan(batch), self._kv)
+                self.draw(logits, Settings(*torch.ones(6, len(logits), dtype=torch.float64, device=logits.device)))
+            elif room not in self._recordings:
+                self._find_recording(room, batch)
+        on_progress(1.0)
+
     def _find_recording(self, room: Any, batch: BatchMetadata) -> Callable[[], Tensor] | None:
         """What computes the step without Python between its kernels, recorded when a room is seen first."""
         recording = self._recordings.get(room)
         if recording is None:
-            plan = self._decoder.plan(batch, room=room)
+            plan = self._decoder.plan(batch, self._newest, room=room)
+            self._newest = plan
             recording = _Recording(plan, plan.record(lambda: self._decoder.forward(plan, self._kv)))
             self._recordings[room] = recording
             if len(self._recordings) > MAX_RECORDINGS:
@@ -82,7 +115,7 @@ class Runner:
 
     def _describe(self, rows: Rows[PlannedRow], sampled: list[int]) -> BatchMetadata:
         """Build the metadata that `npc_kernels.batch` explains with an example; rows of one token come first."""
-        size = self._block_size
+        size = self._config.block_size
         token_ids = [token for row in rows for token in row.sequence.tokens(row.start, row.stop)]
         num_blocks = max(-(-row.stop // size) for row in rows)
         tables = [[*row.sequence.blocks, *row.sequence.blocks[:1] * num_blocks][:num_blocks] for row in rows]

@@ -1,7 +1,11 @@
-"""From logits to the next token of every row: penalties and bounds here, the draw in one kernel for all rows."""
+"""From logits to the next token of every row: penalties and bounds here, the draw in one kernel for all rows.
+
+Nothing waits for the device before the tokens are read: what a step sends to it are copies from pinned memory.
+"""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from typing import Any
 
 import torch
 from npc_kernels.reference import Settings
@@ -30,7 +34,8 @@ def sample(
     _penalise(logits, sequences)
     unripe = [row for row, s in enumerate(sequences) if len(s.output_ids) < s.request.sampling.min_tokens]
     if unripe:
-        logits[torch.tensor(unripe)[:, None], torch.tensor(sorted(eos_ids), dtype=torch.long)] = -torch.inf
+        places = [row * logits.shape[1] + token for row in unripe for token in sorted(eos_ids)]
+        logits.view(-1).index_fill_(0, _send(places, torch.long, logits.device), -torch.inf)
     ids: list[int] = draw(logits, _settings(sequences, logits)).tolist()
     return ids
 
@@ -45,7 +50,7 @@ def _settings(sequences: Rows[Sequence], logits: Tensor) -> Settings:
         [p.seed for p in params],
         [len(sequence.output_ids) for sequence in sequences],
     )
-    return Settings(*(torch.tensor(column, dtype=torch.float64, device=logits.device) for column in columns))
+    return Settings(*_send(columns, torch.float64, logits.device).unbind())
 
 
 def _penalise(
@@ -66,8 +71,14 @@ def _penalise(
             penalties += [penalty] * len(seen)
     if not places:
         return
-    index = torch.tensor(places, device=logits.device)
-    factors = torch.tensor(penalties, device=logits.device)
+    index = _send(places, torch.long, logits.device)
+    factors = _send(penalties, torch.float32, logits.device)
     scores = logits.view(-1)[index]
     changed = torch.where(scores > 0, scores / factors, scores * factors)
     logits.view(-1)[index] = changed.clamp(-FAR, FAR)
+
+
+def _send(values: Rows[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on the device. The pinned memory is torch's own, which it reuses when the copy is done."""
+    on_gpu = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=on_gpu).to(device, non_blocking=on_gpu)

@@ -2,18 +2,30 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from npc_kernels.quant import BaseWeight, dequantize, to_device
 from torch import Tensor
 
+from npc_runtime.engine.checkpoints import Scheme, read_scheme, unpack
 from npc_runtime.engine.embedded import EMBEDDED_BASE, OnProgress, ensure_embedded_base
 from npc_runtime.errors import StartupError
 
-__all__ = ["SUPPORTED", "BaseInfo", "describe_base", "iterate_weights", "read_config", "resolve_base"]
+__all__ = [
+    "SUPPORTED",
+    "BaseInfo",
+    "describe_base",
+    "iterate_weights",
+    "place_weights",
+    "read_config",
+    "read_weights",
+    "resolve_base",
+    "weight_files",
+]
 
 SUPPORTED = (
     "LlamaForCausalLM",
@@ -57,7 +69,7 @@ def resolve_base(name: str, on_progress: OnProgress) -> Path:
 def describe_base(name: str, folder: Path) -> BaseInfo:
     """Name the base and take its fingerprint. `read_config` has seen that the files are there."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         with path.open("rb") as file:
             digest.update(file.read(min(int.from_bytes(file.read(8), "little"), 1 << 24)))
             file.seek(max(path.stat().st_size - (1 << 20), 0))
@@ -82,44 +94,72 @@ def read_config(folder: Path) -> Any:
                 f"{folder}: the architecture {architecture} is not supported.",
                 f"Supported are {', '.join(SUPPORTED)}.",
             )
-        if raw.get("quantization_config"):
-            raise StartupError(
-                f"{folder}: quantized checkpoints are not supported yet.",
-                "Use the model's float16 or bfloat16 version.",
-            )
+        read_scheme(folder)
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except StartupError:
         raise
     except Exception as error:  # transformers validates with half a dozen unrelated types
         raise StartupError(f"{folder}/config.json cannot be read ({error}).", "Fetch the model again.") from error
-    _weight_files(folder)
+    weight_files(folder)
     return config
 
 
 def iterate_weights(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, on_progress: Callable[[float], None]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the folder's safetensors files. Raises `StartupError` for a file that is not one."""
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    on_progress: Callable[[float], None],
+    keeps_codes: bool = False,
+) -> Iterator[tuple[str, BaseWeight]]:
+    """Yield every weight of the folder on a device; as dense ones, unless codes are kept, in `dtype`.
+
+    Raises `StartupError` for a file that cannot be read.
+    """
+    weights = read_weights(folder, read_scheme(folder), on_progress)
+    return place_weights(weights, dtype=dtype, device=device, keeps_codes=keeps_codes)
+
+
+def place_weights(
+    weights: Iterable[tuple[str, BaseWeight]], *, dtype: torch.dtype, device: torch.device, keeps_codes: bool
+) -> Iterator[tuple[str, BaseWeight]]:
+    """Bring weights to a device; what codes stand for is made dense, exactly up to `dtype`, unless they are kept."""
+    for name, weight in weights:
+        if isinstance(weight, Tensor):
+            yield name, weight.to(device=device, dtype=dtype)
+        elif keeps_codes:
+            yield name, to_device(weight, device)
+        else:
+            yield name, dequantize(to_device(weight, device)).to(dtype)
+
+
+def read_weights(
+    folder: Path, scheme: Scheme | None, on_progress: Callable[[float], None]
+) -> Iterator[tuple[str, BaseWeight]]:
+    """Yield the weights of the folder's safetensors files as they are stored, in main memory."""
+    tensors = _read_tensors(folder, on_progress)
+    for name, weight in tensors if scheme is None else unpack(tensors, scheme):
+        if isinstance(weight, Tensor) and weight.dtype not in FLOAT_TYPES:
+            raise StartupError(f"{folder}: {name} is of type {weight.dtype}.", "Use the float16 or bfloat16 version.")
+        yield name, weight
+
+
+def _read_tensors(folder: Path, on_progress: Callable[[float], None]) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
-    files = _weight_files(folder)
+    files = weight_files(folder)
     for index, path in enumerate(files):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 names = list(file.keys())
                 for done, name in enumerate(names):
-                    tensor = file.get_tensor(name)
-                    if tensor.dtype not in FLOAT_TYPES:
-                        raise StartupError(
-                            f"{path}: {name} is of type {tensor.dtype}.", "Use the float16 or bfloat16 version."
-                        )
-                    yield name, tensor.to(device=device, dtype=dtype)
+                    yield name, file.get_tensor(name)
                     on_progress((index + (done + 1) / len(names)) / len(files))
         except (SafetensorError, OSError) as error:
             raise StartupError(f"{path} cannot be read ({error}).", "Fetch the model again.") from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that the index names, or the one usual file, or whatever there is; some folders hold copies."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():

@@ -1,0 +1,150 @@
+"""A device that computes nothing: it notes launches and copies, and whoever waits for it gets an error.
+
+Torch's meta device has no numbers, so `item`, `tolist` and everything else that must wait for one fail on it; Triton's
+launches are noted instead of run.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from driving import greedy, hold, make_store
+from npc_kernels import gpu
+from tiny import CONFIGS, make_adapter, make_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
+
+from npc_runtime.engine.core import EngineConfig, Sequence
+from npc_runtime.engine.model import Decoder
+from npc_runtime.engine.runner import Runner
+from npc_runtime.engine.sampler import sample
+from npc_runtime.engine.scheduler import PlannedRow
+from npc_runtime.engine.weights import iterate_weights
+
+FAKE = torch.device("meta")
+NUM_LAYERS = 3
+RANKS = {"one": 16, "two": 24}
+
+
+class Copies(TorchDispatchMode):
+    """Notes from where to where numbers are copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sources = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        for made in [result] if isinstance(result, torch.Tensor) else []:
+            self.seen += [(s.device.type, made.device.type) for s in sources if s.device != made.device]
+        return result
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels that were launched."""
+    seen = []
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: seen.append(self.fn.__name__))
+    return seen
+
+
+class Game:
+    """A runner on the fake device and lines that have read their prompts."""
+
+    def __init__(self, folder, lengths, adapters):
+        config = CONFIGS["llama"]()
+        config.max_position_embeddings = 1024
+        tensors = iterate_weights(
+            folder / "model", dtype=torch.bfloat16, device=FAKE, on_progress=lambda fraction: None
+        )
+        decoder = Decoder(config, tensors, gpu)
+        self.store = make_store(decoder)
+        for name in RANKS:
+            self.store.add(name, [(folder / name, 1.0)])
+        self.store.open()
+        self.runner = Runner(decoder, self.store, EngineConfig(kv_tokens=4096))
+        self.lines = []
+        for number, (length, name) in enumerate(zip(lengths, adapters, strict=True)):
+            line = Sequence(greedy(number, [3] * length, name, min_tokens=0))
+            line.blocks = list(range(32 * number, 32 * (number + 1)))
+            self.lines.append(line)
+            if name is not None:
+                hold(self.store, name)
+        self.runner.forward([PlannedRow(line, 0, line.num_tokens) for line in self.lines])
+
+    def speak(self, num_rows):
+        lines = self.lines[:num_rows]
+        for line in lines:
+            line.output_ids.append(5)
+        logits = self.runner.forward([PlannedRow(line, line.num_tokens - 1, line.num_tokens) for line in lines])
+        assert (logits.device, logits.shape) == (FAKE, (num_rows, 97))
+        sample(logits, lines, frozenset({2}), self.draw)
+
+    def draw(self, logits, settings):
+        """The kernel, and tokens as if they were read: the one thing a step waits for."""
+        self.runner.draw(logits, settings)
+        return torch.zeros(len(logits), dtype=torch.long)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fake")
+    model = make_model("llama", folder / "model")
+    for seed, (name, rank) in enumerate(RANKS.items()):
+        make_adapter(model, folder / name, rank=rank, seed=seed)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("lengths", "adapters", "a_layer"),
+    [
+        ((5, 9, 30), ("one", "two", None), 9),
+        ((5, 9, 30), (None, None, None), 9),
+        ((5, 9, 300), ("one", "two", None), 10),
+    ],
+    ids=["adapters", "base only", "long"],
+)
+def test_a_step_is_nine_launches_a_layer_and_two_copies(folder, launches, lengths, adapters, a_layer):
+    """Metadata and how to sample; recorded for the first time, and refilled. A wait would raise."""
+    game = Game(folder, lengths, adapters)
+    for _ in range(2):
+        launches.clear()
+        with Copies() as copies:
+            game.speak(3)
+        assert copies.seen == [("cpu", "meta")] * 2
+        assert Counter(launches).total() == NUM_LAYERS * a_layer + 3
+        assert Counter(launches)["_project_kernel"] == 4 * NUM_LAYERS
+        assert [launches[0], *launches[-2:]] == ["_begin_kernel", "_head_kernel", "_draw_kernel"]
+
+
+def test_penalties_and_shortest_lengths_do_not_wait_either(folder, launches):
+    game = Game(folder, (5, 9), ("one", None))
+    sampling = dict(repetition_penalty=1.2, min_tokens=9)
+    game.lines = [
+        Sequence(greedy(n, [3] * 5, line.request.adapter, **sampling), blocks=line.blocks)
+        for n, line in enumerate(game.lines)
+    ]
+    with Copies() as copies:
+        game.speak(2)
+    assert copies.seen == [("cpu", "meta")] * 5, "metadata, seen tokens, their penalties, forbidden ends, settings"
+
+
+def test_a_rehearsal_leaves_nothing_to_compile_or_record(folder, launches):
+    """Every number of rows, with the adapters that there are and without, in the first chunk and behind it."""
+    game = Game(folder, (5,), (None,))
+    fractions = []
+    game.runner.warm(fractions.append)
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+    rooms = set(game.runner._recordings)
+    buckets = {1, 2, 4, 8, 12, 16, 24, 32, 48, 64}
+    assert rooms == {(rows, pages, chunks) for rows in buckets for pages in (0, 1, 4) for chunks in (1, 2)}
+
+
+def test_waiting_for_the_device_fails(folder, launches):
+    """So that the tests above can."""
+    game = Game(folder, (5,), (None,))
+    game.draw = game.runner.draw
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        game.speak(1)

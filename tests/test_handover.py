@@ -1,0 +1,224 @@
+"""A daemon whose device is lost: the next process is found where the first one was, and there is an end to it."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+import torch
+from conftest import MS, RUNTIME_FOLDER, DaemonProcess, discard
+from game import line, play
+from websockets.exceptions import ConnectionClosed
+
+import npc_runtime.daemon as daemon_module
+from npc_runtime import handover
+from npc_runtime.discovery import Endpoint, write_endpoint
+from npc_runtime.errors import EngineDied, StartupError
+from npc_runtime.handover import Handover
+from npc_runtime.persona import shipped_personas
+
+SCRIPT = """
+import os, pathlib, torch
+from npc_runtime.engine import engine, faults, runner
+from npc_runtime import handover
+
+marker = pathlib.Path(MARKER)
+is_broken = ALWAYS or not marker.exists()
+marker.touch()
+handover.MAX_REPLACEMENTS = 2
+
+def fail(self, rows):
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+def probe(device):
+    raise faults.DeviceLost("it does not answer")
+
+if is_broken:
+    runner.Runner.forward, engine.probe_device = fail, probe
+print("handed over" if handover.VARIABLE in os.environ else "started", file=__import__("sys").stderr, flush=True)
+
+from npc_runtime.cli import main
+main()
+"""
+
+
+@pytest.fixture
+def broken_daemon(tmp_path):
+    """`npc-runtime serve` on a device that is lost at the first step: of the first process, or of every one."""
+    running = []
+
+    def start(*, always):
+        script = tmp_path / "broken.py"
+        script.write_text(SCRIPT.replace("MARKER", repr(str(tmp_path / "marker"))).replace("ALWAYS", str(always)))
+        options = ["--port", "0", "--personas", str(shipped_personas()), "--dtype", "float32", "--project", "broken"]
+        log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 - discard() closes it
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(script), "serve", *options],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, "XDG_RUNTIME_DIR": RUNTIME_FOLDER.name},
+        )
+        daemon = DaemonProcess(process, log, json.loads(process.stdout.readline()))
+        running.append(daemon)
+        return daemon
+
+    yield start
+    for daemon in running:
+        discard(daemon)
+
+
+def runtime_file():
+    path = os.path.join(RUNTIME_FOLDER.name, "npc-runtime", "broken.json")
+    with contextlib.suppress(FileNotFoundError), open(path) as file:
+        return json.load(file)
+
+
+async def speak(daemon, count=1):
+    """A batch on a connection of its own: its ends, and the close that follows a failed one."""
+    async with play(daemon) as game:
+        await game.send(type="generate", batch=1, lines=[line(n, sampling={"max_tokens": 8}) for n in range(count)])
+        ends = [m for m in await game.until("batch.end") if m["type"] == "line.end"]
+        if ends[0]["reason"] != "error":
+            return ends, None
+        with pytest.raises(ConnectionClosed) as caught:
+            await game.receive()
+        return ends, caught.value.rcvd
+
+
+async def test_a_client_reconnects_with_what_it_knows(broken_daemon):
+    """Same port, same token, same process id; one line on stdout; and the new process stops like any other."""
+    daemon = broken_daemon(always=False)
+    ends, close = await speak(daemon, 12)
+    assert [end["line"] for end in ends] == list(range(12))
+    assert {end["reason"] for end in ends} == {"error"}
+    assert all(end["error"]["retryable"] and "send the line again" in end["error"]["hint"] for end in ends)
+    assert (close.code, close.reason) == (1012, "the daemon restarts; connect again")
+    assert runtime_file() == daemon.endpoint, "it stays while nobody serves"
+    ends, _ = await speak(daemon)
+    assert ends[0]["reason"] in ("stop", "length")
+    assert runtime_file() == daemon.endpoint
+    assert await asyncio.to_thread(daemon.stop) == 0
+    assert daemon.process.stdout.read() == ""
+    assert runtime_file() is None
+    said = daemon.read_log().splitlines()
+    assert (said.count("started"), said.count("handed over")) == (1, 1)
+
+
+async def test_a_device_that_always_fails_ends_the_daemon(broken_daemon):
+    daemon = broken_daemon(always=True)
+    for _ in range(3):
+        ends, close = await speak(daemon)
+        assert ends[0]["reason"] == "error"
+        assert close.code == 1012
+    assert close.reason == "the daemon was stopped"
+    assert await asyncio.to_thread(daemon.process.wait, 10_000 * MS) == 1
+    assert daemon.process.stdout.read() == ""
+    last = daemon.read_log().splitlines()[-1]
+    assert last.startswith("npc-runtime: The engine thread died, and so it did in the 2 processes before this one.")
+    assert runtime_file() is None
+    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", daemon.endpoint["port"])):
+        pass
+
+
+async def test_who_asks_it_to_stop_meanwhile_is_obeyed(broken_daemon):
+    daemon = broken_daemon(always=False)
+    await speak(daemon)
+    daemon.process.send_signal(signal.SIGTERM)
+    status = await asyncio.to_thread(daemon.process.wait, 30_000 * MS)
+    assert status in (0, -signal.SIGTERM), daemon.read_log()
+    assert "Traceback" not in daemon.read_log().partition("a new process takes over")[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            torch.AcceleratorError("CUDA error: unspecified launch failure\nhints"),
+            StartupError,
+            "unspecified launch failure.",
+        ),
+        (RuntimeError("a defect"), RuntimeError, "a defect"),
+    ],
+)
+def test_a_device_that_fails_while_the_base_is_loaded_is_said(monkeypatch, tmp_path, error, kind, message):
+    """By a process that took over: clients must not be sent on to a port that nobody serves."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    path = write_endpoint("broken", Endpoint(4780, os.getpid(), "t", 1, "base"))
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(daemon_module, "_load_and_serve", fail)
+    settings = daemon_module.Settings("base", tmp_path, "127.0.0.1", 0, "auto", None, True, "broken")
+    with pytest.raises(kind, match=message):
+        daemon_module.run_daemon(settings, contextlib.nullcontext)
+    assert not path.exists()
+
+
+@pytest.fixture
+def bound():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        yield sock
+
+
+def leave(monkeypatch, sock, **changes):
+    passed = {"pid": os.getpid(), "token": "t", "replaced_at": [1.0], **changes}
+    if "fd" not in passed:
+        passed["fd"] = os.dup(sock.fileno())
+    monkeypatch.setenv(handover.VARIABLE, json.dumps(passed))
+    return passed
+
+
+def test_what_was_passed_on_is_taken_once(bound, monkeypatch):
+    passed = leave(monkeypatch, bound)
+    os.set_inheritable(passed["fd"], True)
+    taken = Handover.take()
+    assert (taken.token, taken.replaced_at) == ("t", (1.0,))
+    assert taken.sock.getsockname() == bound.getsockname()
+    assert not taken.sock.get_inheritable(), "nor do the daemon's own children get it"
+    assert handover.VARIABLE not in os.environ
+    assert Handover.take() is None
+    taken.sock.close()
+
+
+@pytest.mark.parametrize("changes", [{"pid": 1}, {"fd": 9_999}, {"fd": "x"}, {"replaced_at": 3}])
+def test_what_is_not_for_this_process_is_left_alone(bound, monkeypatch, changes):
+    own = leave(monkeypatch, bound)["fd"]
+    leave(monkeypatch, bound, **{"fd": own, **changes})
+    assert Handover.take() is None
+    assert handover.VARIABLE not in os.environ
+    os.close(own)
+
+
+@pytest.mark.parametrize("text", ["", "no json", "[]", "{}", "null"])
+def test_nonsense_in_the_environment_is_ignored(monkeypatch, text):
+    monkeypatch.setenv(handover.VARIABLE, text)
+    assert Handover.take() is None
+
+
+def test_processes_are_replaced_so_many_times(bound):
+    """Those of the day before do not count."""
+    replaced_at = (time.monotonic() - 86_400, time.monotonic() - 86_000)
+    for _ in range(handover.MAX_REPLACEMENTS):
+        successor = Handover(bound, "t", replaced_at).successor()
+        with successor.sock as sock:
+            assert (sock.getsockname(), successor.token) == (bound.getsockname(), "t")
+        replaced_at = successor.replaced_at
+    with pytest.raises(EngineDied, match="processes before this one"):
+        Handover(bound, "t", replaced_at).successor()
+
+
+def test_without_exec_the_daemon_stops(bound, monkeypatch):
+    monkeypatch.setattr(handover, "CAN_REPLACE", False)
+    with pytest.raises(EngineDied, match=r"died. The log above"):
+        Handover(bound, "t").successor()

@@ -1,0 +1,51 @@
+"""Whose the GPU's memory is: as much KV cache as fits, and a clear word where it does not."""
+
+import pytest
+
+from npc_runtime.engine.core import EngineConfig
+from npc_runtime.engine.memory import MIN_KV_TOKENS, GpuMemory, fit_kv_tokens, step_bytes
+from npc_runtime.engine.model import ModelShape
+from npc_runtime.errors import StartupError
+
+MIB = 1 << 20
+LLAMA_3B = ModelShape(28, 3072, 8192, 24, 8, 128, 128_256, 4096, 1e-5)
+TOKEN = 2 * 28 * 1024 * 2
+
+
+def fit(free, budget=None, used=2_000 * MIB, pool=100 * MIB, wanted=16_384):
+    memory = GpuMemory(used=used, free=free * MIB, total=8_192 * MIB)
+    budget = None if budget is None else budget * MIB
+    return fit_kv_tokens(memory, budget=budget, pool=pool, step=500 * MIB, token=TOKEN, wanted=wanted)
+
+
+def test_what_is_wanted_is_the_most():
+    assert fit(6_000) == 16_384
+    assert fit(6_000, wanted=9_000) == 9_000
+
+
+def test_the_cache_takes_what_is_left():
+    """Of what is free, or of the budget; both count what is there already."""
+    assert fit(1_600) == 1_000 * MIB // TOKEN
+    assert fit(6_000, budget=3_600) == 1_000 * MIB // TOKEN
+    assert fit(1_600, budget=8_000) == 1_000 * MIB // TOKEN
+
+
+@pytest.mark.parametrize(("free", "budget"), [(620, None), (620, 8_000)])
+def test_a_full_gpu_is_named(free, budget):
+    with pytest.raises(StartupError, match=r"620 of 8192 MiB left beside the base.*adapters 100.*Close other programs"):
+        fit(free, budget)
+
+
+def test_a_budget_that_is_too_small_names_one_that_is_not():
+    with pytest.raises(StartupError, match=r"--gpu-memory 2600 is too little: (\d+) MiB are needed") as caught:
+        fit(6_000, budget=2_600)
+    needed = int(str(caught.value).split("too little: ")[1].split()[0])
+    assert fit(6_000, budget=needed) >= MIN_KV_TOKENS
+    with pytest.raises(StartupError):
+        fit(6_000, budget=needed - 1)
+
+
+def test_the_largest_step_is_counted():
+    """Planes of 512 tokens and logits of 64 rows of Llama-3.2-3B, and a quarter of a GiB for graphs."""
+    found = step_bytes(LLAMA_3B, EngineConfig())
+    assert 400 * MIB < found < 700 * MIB
