@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from gpu.parts import PARTS, compute
+from gpu.picture import draw
 from gpu.processes import Process
 from gpu.report import PROOFS, Report
 from gpu.setup import Setup
@@ -27,6 +28,9 @@ __all__ = ["main", "run"]
 ROOM_FOR_ALL = 32 << 30
 """Device memory from which proofs run side by side."""
 
+MIN_CAPABILITY = (8, 0)
+"""Of the GPU: before it there is no bfloat16."""
+
 RESERVE_S = 5.0
 """What the last words take."""
 
@@ -34,8 +38,9 @@ RESERVE_S = 5.0
 def main(arguments: list[str] | None = None) -> int:
     """Run, print, and return the exit status."""
     options = parse_options(arguments)
-    if not options.tiny and not torch.cuda.is_available():
-        print(f"make gpu needs an NVIDIA GPU, and torch {torch.__version__} sees none here.", file=sys.stderr)
+    missing = "" if options.tiny else what_is_missing()
+    if missing:
+        print(missing, file=sys.stderr)
         return 1
     setup = Setup.for_tests() if options.tiny else Setup.for_gpu()
     if options.part:
@@ -45,11 +50,19 @@ def main(arguments: list[str] | None = None) -> int:
     for line in report.lines():
         print(line)
     if options.picture:
-        from gpu.picture import draw
-
         options.picture.write_text(draw(report.body()), encoding="utf-8")
     print(json.dumps(report.body()), flush=True)
     return 0 if report.is_good else 1
+
+
+def what_is_missing() -> str:
+    """Why nothing can be measured here, in one line, or an empty string."""
+    if not torch.cuda.is_available():
+        return f"make gpu needs an NVIDIA GPU, and torch {torch.__version__} sees none here."
+    if torch.cuda.get_device_capability() < MIN_CAPABILITY:
+        name = torch.cuda.get_device_name()
+        return f"make gpu needs an NVIDIA GPU of 2020 or newer (RTX 30, A100); this one is a {name}."
+    return ""
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

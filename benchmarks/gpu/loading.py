@@ -13,7 +13,6 @@ from npc_runtime.engine.runner import Runner
 
 __all__ = ["Loading"]
 
-NUM_LOADS = 10
 MAX_STEPS = 10_000
 
 
@@ -43,11 +42,11 @@ class Loading:
         runner, lines = self._bed.runner(store), self._bed.lines(rows, self._setup.prompts[0], names)
         for line in lines:
             assert store.admit(line) is Admission.ADMITTED
-        calm = [step(runner, lines) for _ in range(20)][5:]
+        calm = [step(runner, lines) for _ in range(2 * self._setup.loads)][2:]
         for line in lines:
-            del line.output_ids[-20:]
+            del line.output_ids[-2 * self._setup.loads :]
         # The pool begins with x; each load pushes the other one out.
-        loads = [_load(store, runner, lines, "yx"[number % 2]) for number in range(2 + NUM_LOADS)][2:]
+        loads = [_load(store, runner, lines, "yx"[number % 2]) for number in range(2 + self._setup.loads)][2:]
         store.close(10)
         during = [taken for _, steps in loads for taken in steps]
         return {

@@ -45,7 +45,7 @@ class Machine:
 
     def _card(self) -> dict[str, Any]:
         if not self._setup.on_gpu:
-            return {"name": "a CPU with the torch twins, which shows nothing about any GPU"}
+            return {"name": "Triton's interpreter on a CPU, which shows nothing about any GPU"}
         card = torch.cuda.get_device_properties(self._setup.device)
         return {
             "name": card.name,

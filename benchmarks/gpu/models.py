@@ -1,6 +1,5 @@
 """Random models and adapters, made on the device without files; values do not change what anything costs."""
 
-import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,17 +8,18 @@ import torch
 from bench import bytes_of
 from npc_kernels import gpu
 from npc_kernels.batch import PAGE_RANK
-from npc_kernels.quant import dequantize, quantize_int4, quantize_int8
+from npc_kernels.quant import quantize_int4, quantize_int8
 from shapes import Model
 from torch import Tensor
 
 from gpu.setup import Setup
 from npc_runtime.engine.adapters import AdapterStore
 from npc_runtime.engine.core import Request, SamplingParams, Sequence
-from npc_runtime.engine.model import Decoder, Kernels, ModelShape, PageLayout
+from npc_runtime.engine.model import Decoder, ModelShape, PageLayout
 from npc_runtime.engine.peft_folder import AdapterPages
+from npc_runtime.engine.quantized import EMBEDDING, HEAD, LINEAR
 
-__all__ = ["Base", "RandomCopies", "kernels_for", "make_base", "make_config", "make_sequence", "make_store"]
+__all__ = ["Base", "RandomCopies", "in_bits", "make_base", "make_config", "make_sequence", "make_store"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,44 +49,31 @@ def make_config(shape: ModelShape) -> Any:
 
 
 def make_base(setup: Setup, model: Model, bits: int) -> Base:
-    """A random base; with 4 bits its linears have 4 and its head has 8."""
-    sizes: list[int] = []
+    """A random base with a tied head; see `in_bits`."""
     torch.manual_seed(0)
-    tensors = _tensors(model.shape, setup.device, setup.dtype)
-    decoder = Decoder(make_config(model.shape), tensors, kernels_for(setup.kernels, model, bits, sizes))
-    return Base(decoder, sum(sizes))
+    tensors = {name: in_bits(name, tensor, bits, model.group) for name, tensor in _tensors(model.shape, setup)}
+    if bits == 4:
+        tensors[HEAD] = in_bits(HEAD, tensors[EMBEDDING], bits, model.group)
+    head = HEAD if HEAD in tensors else EMBEDDING
+    num_bytes = sum(bytes_of(tensor) for name, tensor in tensors.items() if LINEAR.fullmatch(name) or name == head)
+    return Base(Decoder(make_config(model.shape), tensors.items(), gpu), num_bytes)
 
 
-def kernels_for(kernels: Any, model: Model, bits: int, sizes: list[int] | None = None) -> Kernels:
-    """The kernels, with linears that are quantized as they are made; their bytes are added to `sizes`."""
-    shape = model.shape
-    widths = (shape.q_size + 2 * shape.kv_size, shape.hidden, 2 * shape.intermediate)
-    assert shape.vocab not in widths, "the head is known by its width"
-
-    def make_linear(weight: Tensor, bias: Tensor | None = None, codes: Any = None) -> Any:
-        is_head = weight.shape[0] == shape.vocab
-        # Layers are given the same tensors: each must have memory of its own, or a cache would hold them all.
-        packed: Any = weight if is_head else weight.clone()
-        if bits == 4:
-            packed = quantize_int8(weight) if is_head else quantize_int4(weight, model.group)
-        if sizes is not None:
-            sizes.append(bytes_of(packed))
-        if kernels is not gpu and bits == 4:  # the twins know dense weights only
-            packed = dequantize(packed).to(weight.dtype)
-        return kernels.Linear(packed, bias)
-
-    names: Any = types.SimpleNamespace(**{**vars(kernels), "Linear": make_linear})
-    return names  # type: ignore[no-any-return]
+def in_bits(name: str, weight: Any, bits: int, group: int) -> Any:
+    """A tensor as `--quantize` would have it: with 4 bits the linears of the layers have 4 and the head 8."""
+    if bits == 4 and name == HEAD:
+        return quantize_int8(weight)
+    return quantize_int4(weight, group) if bits == 4 and LINEAR.fullmatch(name) else weight
 
 
-def _tensors(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """One layer's weights again and again, which needs little memory while they are quantized."""
+def _tensors(shape: ModelShape, setup: Setup) -> Iterator[tuple[str, Tensor]]:
+    """The numbers of one layer again and again, each time in memory of their own: a cache would hold one layer."""
 
     def random(*size: int) -> Tensor:
-        return torch.randn(size, device=device, dtype=dtype) / size[-1] ** 0.5
+        return torch.randn(size, device=setup.device, dtype=setup.dtype) / size[-1] ** 0.5
 
     def norm() -> Tensor:
-        return torch.rand(shape.hidden, device=device, dtype=dtype) + 0.5
+        return torch.rand(shape.hidden, device=setup.device, dtype=setup.dtype) + 0.5
 
     layer = {
         "input_layernorm.weight": norm(),
@@ -99,10 +86,10 @@ def _tensors(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Ite
         "mlp.up_proj.weight": random(shape.intermediate, shape.hidden),
         "mlp.down_proj.weight": random(shape.hidden, shape.intermediate),
     }
-    yield "model.embed_tokens.weight", random(shape.vocab, shape.hidden)
+    yield EMBEDDING, random(shape.vocab, shape.hidden)
     yield "model.norm.weight", norm()
     for number in range(shape.num_layers):
-        yield from ((f"model.layers.{number}.{name}", tensor) for name, tensor in layer.items())
+        yield from ((f"model.layers.{number}.{name}", tensor.clone()) for name, tensor in layer.items())
 
 
 class RandomCopies:

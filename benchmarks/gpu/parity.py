@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from npc_kernels import gpu
 from npc_kernels.quant import dequantize, quantize_int4, quantize_int8
-from shapes import Model
 from torch import Tensor
 
 from gpu.independence import Stage
-from gpu.models import kernels_for, make_sequence
+from gpu.models import in_bits, make_sequence
 from gpu.setup import RANKS, Setup
 from npc_runtime.engine.adapters import AdapterStore
 from npc_runtime.engine.core import EngineConfig, Request, SamplingParams, Sequence
@@ -69,15 +69,16 @@ class _Cast:
     def __init__(self, setup: Setup, family: str, *, is_int4: bool) -> None:
         self._setup = setup
         self._num_tokens = 24 if setup.on_gpu else 4
-        self._folder = tempfile.TemporaryDirectory(prefix="npc-gpu-")
         self._config = _config_of(family, setup)
         self._model = _random_model(self._config, setup.device)
         self._shape = ModelShape.from_config(self._config)
-        self._kernels = kernels_for(setup.kernels, Model(self._shape, GROUP), 4 if is_int4 else 16)
+        self._bits = 4 if is_int4 else 16
         self._weights = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
         if is_int4:
             _round_to_codes(self._model)
-        self._oracle = _with_adapters(self._model, Path(self._folder.name))
+        with tempfile.TemporaryDirectory(prefix="npc-gpu-") as folder:
+            self._oracle = _with_adapters(self._model, Path(folder))
+            self._ours = {dtype: self._make_ours(dtype, Path(folder)) for dtype in (torch.float32, torch.bfloat16)}
         vocab = self._config.vocab_size - 3
         self._lines: dict[str | None, tuple[int, ...]] = {
             name: tuple(3 + (29 * number + 13 * position) % vocab for position in range(5 + 3 * number))
@@ -107,7 +108,7 @@ class _Cast:
 
     @cached_property
     def _spoken(self) -> dict[str | None, list[int]]:
-        stage = Stage(*self._ours(torch.float32), EngineConfig(kv_tokens=1024, max_step_tokens=MAX_ROW))
+        stage = Stage(*self._ours[torch.float32], EngineConfig(kv_tokens=1024, max_step_tokens=MAX_ROW))
         sampling = SamplingParams(seed=0, max_tokens=self._num_tokens, min_tokens=self._num_tokens, temperature=0.0)
         stage.say(
             [
@@ -138,7 +139,7 @@ class _Cast:
 
     def _teacher_forced(self, dtype: torch.dtype) -> dict[str | None, Tensor]:
         """Our logits behind the prompt and behind each of our tokens, all lines in every step."""
-        decoder, store = self._ours(dtype)
+        decoder, store = self._ours[dtype]
         runner = Runner(decoder, store, EngineConfig(kv_tokens=1024))
         lines = {name: _line(store, number, name, prompt) for number, (name, prompt) in enumerate(self._lines.items())}
         for line in lines.values():
@@ -153,12 +154,12 @@ class _Cast:
     def _step(self, runner: Runner, lines: list[Sequence]) -> Tensor:
         return runner.forward([PlannedRow(line, line.num_tokens - 1, line.num_tokens) for line in lines]).clone()
 
-    def _ours(self, dtype: torch.dtype) -> tuple[Decoder, AdapterStore]:
-        tensors = ((name, tensor.to(dtype)) for name, tensor in self._weights.items())
-        decoder = Decoder(self._config, tensors, self._kernels)
+    def _make_ours(self, dtype: torch.dtype, folder: Path) -> tuple[Decoder, AdapterStore]:
+        tensors = {name: in_bits(name, tensor.to(dtype), self._bits, GROUP) for name, tensor in self._weights.items()}
+        decoder = Decoder(self._config, tensors.items(), gpu)
         store = AdapterStore(self._shape, decoder.layout, dtype=dtype, device=decoder.device, max_pages=64)
         for name in RANKS:
-            store.add(name, [(Path(self._folder.name) / name, 1.0)])
+            store.add(name, [(folder / name, 1.0)])
         store.open()
         return decoder, store
 

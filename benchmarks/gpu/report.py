@@ -35,7 +35,7 @@ def with_floors(row: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
         "floor_and_nodes_ms": round(both, 4),
         "to_floor": round(row["step_ms"] / floor, 3),
         "to_floor_and_nodes": round(row["step_ms"] / both, 3),
-        "graph_to_floor_and_nodes": None if row["graph_ms"] is None else round(row["graph_ms"] / both, 3),
+        "graph_to_floor_and_nodes": round(row["graph_ms"] / both, 3),
     }
 
 

@@ -1,10 +1,8 @@
-"""What a run works on: real sizes on a GPU; tiny ones on a CPU, where only the tests go."""
+"""What a run works on: real sizes on a GPU; tiny ones in Triton's interpreter, where only the tests go."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from npc_kernels import gpu, reference
 from shapes import MODELS, Model, shape
 
 __all__ = ["RANKS", "Setup"]
@@ -18,7 +16,6 @@ class Setup:
     """Sizes of a run."""
 
     device: torch.device
-    kernels: Any  # the module that is proved and measured
     model: Model  # of the table
     proof_model: Model  # the same layers, fewer of them
     dtype: torch.dtype
@@ -35,6 +32,7 @@ class Setup:
     prompts: tuple[int, ...]
     rounds: int  # of each cell
     burst: int  # steps of one system before the next one has its turn
+    loads: int  # of adapters, while others speak
     copy_bytes: int
 
     @classmethod
@@ -43,7 +41,6 @@ class Setup:
         layer = MODELS["Llama-3.2-3B"]
         return cls(
             device=torch.device("cuda"),
-            kernels=gpu,
             model=replace(layer, shape=replace(layer.shape, num_layers=28)),
             proof_model=replace(layer, shape=replace(layer.shape, num_layers=4)),
             dtype=torch.bfloat16,
@@ -60,16 +57,16 @@ class Setup:
             prompts=(43, 1000),
             rounds=4,
             burst=6,
+            loads=10,
             copy_bytes=1 << 30,
         )
 
     @classmethod
     def for_tests(cls) -> "Setup":
-        """A tiny model and the torch twins on a CPU: shows that the script runs, and nothing about any GPU."""
+        """A tiny model on a CPU, in Triton's interpreter: shows that the script runs, and nothing about any GPU."""
         tiny = Model(shape(32, 48, 2, 1, 16, 67), 32)
         return cls(
             device=torch.device("cpu"),
-            kernels=reference,
             model=tiny,
             proof_model=tiny,
             dtype=torch.float32,
@@ -86,6 +83,7 @@ class Setup:
             prompts=(5,),
             rounds=1,
             burst=2,
+            loads=2,
             copy_bytes=1 << 20,
         )
 

@@ -199,10 +199,8 @@ class Table:
             del line.output_ids[size:]
         return times[1:]
 
-    def _graph_ms(self, runner: Runner) -> float | None:
+    def _graph_ms(self, runner: Runner) -> float:
         """The last step's graph alone, launched again and again: the device's share of a step, without sampling."""
-        if not runner._recordings:
-            return None  # the twins record nothing
         replay = next(reversed(runner._recordings.values())).replay
         assert replay is not None
         with torch.inference_mode():
