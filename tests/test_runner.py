@@ -126,7 +126,10 @@ def test_a_graph_has_room_for_every_step_of_its_kind(tmp_path):
     pair.speak([one, other, plain, two])  # three segments
     pair.speak([plain])
     pair.speak([widest, wide, other, plain])
-    assert set(pair.recording._recordings) == {(4, 1, 1), (1, 0, 1), (4, 4, 1)}
+    recordings = pair.recording._recordings
+    assert set(recordings) == {(4, 1, 1), (1, 0, 1), (4, 4, 1)}
+    results = {found.replay().untyped_storage().data_ptr() for found in recordings.values()}
+    assert len(results) == 1, "none keeps logits of its own"
 
 
 def test_recordings_are_kept_within_bounds(embedded, monkeypatch):
