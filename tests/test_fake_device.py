@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 from driving import greedy, hold, make_store
-from npc_kernels import gpu
+from npc_kernels import gpu, gpu_plan
 from tiny import CONFIGS, SIZES, make_adapter, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
@@ -19,6 +19,7 @@ from triton.compiler import make_backend
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from npc_runtime.engine import sampler
 from npc_runtime.engine.core import EngineConfig, Sequence
 from npc_runtime.engine.model import Decoder
 from npc_runtime.engine.runner import Runner
@@ -33,17 +34,36 @@ RANKS = {"one": 16, "two": 24}
 
 
 class Copies(TorchDispatchMode):
-    """Notes from where to where numbers are copied."""
+    """Notes from where to where numbers are copied, and how: what is pinned here is so by its word only."""
 
     def __init__(self):
         super().__init__()
+        self.pinned = {}  # storages by address, kept so that none is another's later
+        self.clear()
+
+    def clear(self):
         self.seen = []
+        self.waits = []  # copies that the host would wait for
+        self.launched = []  # torch's own kernels on the device
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        is_pinned = kwargs.pop("pin_memory", False)
+        result = func(*args, **kwargs)
+        if is_pinned:
+            self.pinned[result.untyped_storage().data_ptr()] = result.untyped_storage()
         sources = [arg for arg in args if isinstance(arg, torch.Tensor)]
         for made in [result] if isinstance(result, torch.Tensor) else []:
-            self.seen += [(s.device.type, made.device.type) for s in sources if s.device != made.device]
+            name = func.overloadpacket.__name__
+            crossed = [s for s in sources if s.device != made.device]
+            self.seen += [(s.device.type, made.device.type) for s in crossed]
+            is_free = kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
+            self.waits += [func for s in crossed if not is_free or s.untyped_storage().data_ptr() not in self.pinned]
+            is_view = not name.endswith("_") and made.untyped_storage()._cdata in (
+                s.untyped_storage()._cdata for s in sources
+            )
+            if made.device == FAKE and not crossed and not is_view and not name.startswith("empty"):
+                self.launched.append(name)
         return result
 
 
@@ -60,6 +80,15 @@ def launches(monkeypatch):
     seen = []
     monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: seen.append(self.fn.__name__))
     return seen
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """What is copied to the device, as it is to a GPU: from pinned memory."""
+    for module in (gpu_plan, sampler):
+        monkeypatch.setattr(module, "copies_from_pinned", lambda device: device == FAKE)
+    with Copies() as noted:
+        yield noted
 
 
 @pytest.fixture
@@ -144,29 +173,33 @@ def folder(tmp_path_factory):
     ],
     ids=["adapters", "base only", "long"],
 )
-def test_a_step_is_nine_launches_a_layer_and_two_copies(folder, launches, lengths, adapters, a_layer):
+def test_a_step_is_nine_launches_a_layer_and_two_copies(folder, launches, copies, lengths, adapters, a_layer):
     """Metadata and how to sample; recorded for the first time, and refilled. A wait would raise."""
     game = Game(folder, lengths, adapters)
     for _ in range(2):
         launches.clear()
-        with Copies() as copies:
-            game.speak(3)
+        copies.clear()
+        game.speak(3)
         assert copies.seen == [("cpu", "meta")] * 2
+        assert copies.waits == []
+        assert copies.launched == ["embedding", "to", "stack"], "tokens, as float32; how to sample, row by row"
         assert Counter(launches).total() == NUM_LAYERS * a_layer + 3
         assert Counter(launches)["_project_kernel"] == 4 * NUM_LAYERS
         assert [launches[0], *launches[-2:]] == ["_begin_kernel", "_head_kernel", "_draw_kernel"]
 
 
-def test_penalties_and_shortest_lengths_do_not_wait_either(folder, launches):
+def test_penalties_and_shortest_lengths_do_not_wait_either(folder, launches, copies):
     game = Game(folder, (5, 9), ("one", None))
     sampling = dict(repetition_penalty=1.2, min_tokens=9)
     game.lines = [
         Sequence(greedy(n, [3] * 5, line.request.adapter, **sampling), blocks=line.blocks)
         for n, line in enumerate(game.lines)
     ]
-    with Copies() as copies:
-        game.speak(2)
+    copies.clear()
+    game.speak(2)
     assert copies.seen == [("cpu", "meta")] * 2, "metadata, and how to sample"
+    assert copies.waits == []
+    assert len(copies.launched) == 3 + 10 + 1, "besides what every step has: penalties, and ends that come too early"
 
 
 def test_a_rehearsal_leaves_nothing_to_compile_or_record(folder, launches):

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from npc_kernels.batch import BatchMetadata, LoraBatch
+from npc_kernels.batch import BatchMetadata, LoraBatch, copies_from_pinned
 
 __all__ = [
     "BUCKETS",
@@ -207,10 +207,10 @@ def plan(
     queries = DECODE_QUERIES if batch.num_decode == batch.num_rows else PREFILL_QUERIES
     segments, tiles = plan_segments(batch), plan_tiles(batch, queries)
     shapes = _shapes_of(batch, segments, tiles) if room is None else _shapes_for(room, batch.block_size, len(cos))
-    on_gpu = cos.device.type == "cuda"
-    host = torch.empty(Step.size_of(shapes), dtype=torch.int32, pin_memory=on_gpu)
+    is_pinned = copies_from_pinned(cos.device)
+    host = torch.empty(Step.size_of(shapes), dtype=torch.int32, pin_memory=is_pinned)
     _write(Step.of(host, shapes), batch, segments, tiles)
-    packed = host.to(cos.device, non_blocking=True) if on_gpu else host.to(cos.device, copy=True)
+    packed = host.to(cos.device, non_blocking=is_pinned, copy=True)
     return Plan(
         lora=batch.lora,
         cos=cos,

@@ -10,6 +10,7 @@ from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
 import torch
+from npc_kernels.batch import copies_from_pinned
 from npc_kernels.reference import Settings
 from npc_kernels.reference import draw as reference_draw
 from torch import Tensor
@@ -80,8 +81,8 @@ def _tell(sequences: Rows[Sequence], eos_ids: frozenset[int], vocab: int, device
         for token in sorted(eos_ids)
     ]
     sizes = [num_rows * NUM_COLUMNS, len(seen), len(barred)]
-    on_gpu = device.type == "cuda"
-    host = torch.empty(sum(sizes), dtype=torch.long, pin_memory=on_gpu)
+    is_pinned = copies_from_pinned(device)
+    host = torch.empty(sum(sizes), dtype=torch.long, pin_memory=is_pinned)
     columns, of_seen, of_barred = torch.split(host, sizes)
     columns.view(torch.float64).view(NUM_COLUMNS, num_rows).copy_(_columns(sequences, vocab))
     if seen:
@@ -89,7 +90,7 @@ def _tell(sequences: Rows[Sequence], eos_ids: frozenset[int], vocab: int, device
         torch.add(torch.frombuffer(seen, dtype=torch.long), firsts, out=of_seen)
     if barred:
         of_barred.copy_(torch.tensor(barred))
-    columns, of_seen, of_barred = torch.split(host.to(device, non_blocking=on_gpu), sizes)
+    columns, of_seen, of_barred = torch.split(host.to(device, non_blocking=is_pinned), sizes)
     penalties, *settings = columns.view(torch.float64).view(NUM_COLUMNS, num_rows).unbind()
     return _Told(Settings(*settings), penalties, of_seen, of_barred)
 
