@@ -29,6 +29,7 @@ class Pair:
         self.plain = Runner(plain, store, config)
         self.plain._kv = self.recording._kv
         self.vocab = decoder.shape.vocab
+        self.results = set()  # addresses
 
     def prefill(self, sequences):
         self.recording.forward([PlannedRow(s, 0, s.num_tokens) for s in sequences])
@@ -39,7 +40,9 @@ class Pair:
             sequence.output_ids.append((7 * sequence.num_tokens + sequence.request.id) % self.vocab)
         rows = [PlannedRow(s, s.num_tokens - 1, s.num_tokens) for s in sequences]
         expected = self.plain.forward(rows).clone()
-        assert torch.equal(self.recording.forward(rows), expected)
+        result = self.recording.forward(rows)
+        assert torch.equal(result, expected)
+        self.results.add(result.untyped_storage().data_ptr())
 
     @property
     def num_recorded(self):
@@ -127,6 +130,7 @@ def test_a_graph_has_room_for_every_step_of_its_kind(tmp_path):
     pair.speak([plain])
     pair.speak([widest, wide, other, plain])
     assert set(pair.recording._recordings) == {(4, 1, 1), (1, 0, 1), (4, 4, 1)}
+    assert len(pair.results) == 1, "none keeps logits of its own"
 
 
 def test_recordings_are_kept_within_bounds(embedded, monkeypatch):

@@ -1,5 +1,6 @@
 """The data that flows through the engine: requests, sequences, events and the configuration. No torch."""
 
+from array import array
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
@@ -16,6 +17,7 @@ __all__ = [
     "Event",
     "Request",
     "SamplingParams",
+    "SeenTokens",
     "Sequence",
     "Spoken",
     "Started",
@@ -99,6 +101,23 @@ class Request:
 
 
 @dataclass(slots=True, eq=False)
+class SeenTokens:
+    """The different tokens of a line, kept from step to step: what a repetition penalty is for."""
+
+    ids: "array[int]" = field(default_factory=lambda: array("q"))
+    known: set[int] = field(default_factory=set)  # the same
+    num_tokens: int = 0  # of the line, that were looked at
+
+    def add(self, tokens: list[int]) -> None:
+        """Take the tokens that the line has got since."""
+        self.num_tokens += len(tokens)
+        for token in tokens:
+            if token not in self.known:
+                self.known.add(token)
+                self.ids.append(token)
+
+
+@dataclass(slots=True, eq=False)
 class Sequence:
     """A request while the engine works on it."""
 
@@ -113,6 +132,7 @@ class Sequence:
     first_text_at: float | None = None
     num_steps: int = 0
     sum_rows: int = 0  # rows of all its steps, for the average batch size
+    _seen: SeenTokens = field(default_factory=SeenTokens)
 
     @property
     def num_tokens(self) -> int:
@@ -128,6 +148,13 @@ class Sequence:
     def max_tokens(self) -> int:
         """The most KV slots this line can ever need; the last sampled token is never fed back."""
         return len(self.request.prompt_ids) + self.request.sampling.max_tokens - 1
+
+    @property
+    def seen_ids(self) -> "array[int]":
+        """The tokens of prompt and reply, each once."""
+        if self._seen.num_tokens < self.num_tokens:
+            self._seen.add(self.tokens(self._seen.num_tokens, self.num_tokens))
+        return self._seen.ids
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids `[start, stop)` of prompt and reply."""

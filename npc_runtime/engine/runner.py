@@ -22,7 +22,7 @@ __all__ = ["Runner"]
 
 
 MAX_RECORDINGS = 192
-"""Recordings that are kept; each has buffers for its rows. A rehearsal makes twenty for each number of pages."""
+"""Recordings that are kept; each has buffers for its rows. A rehearsal makes forty for each class of pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,9 @@ class Runner:
         """Compile and record what lines will need, as far as it can be foreseen. Call it before the first line."""
         config, pool = self._config, self._adapters.pool
         sizes = [size for size in set(self._adapters.host.sizes.values()) if size <= len(pool)]
-        prefill = list(rehearse_prefill(config.max_step_tokens, sizes, pool, config.block_size))
-        decode = list(rehearse_decode(config.max_rows, sizes, pool, config.block_size))
+        longest = min(self._decoder.shape.context, config.kv_tokens)
+        prefill = list(rehearse_prefill(config.max_step_tokens, longest, sizes, pool, config.block_size))
+        decode = list(rehearse_decode(config.max_rows, longest, sizes, pool, config.block_size))
         for done, batch in enumerate([*prefill, *decode]):
             on_progress(done / (len(prefill) + len(decode)))
             room = self._decoder.kernels.room(batch)
