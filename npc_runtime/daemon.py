@@ -86,7 +86,7 @@ def _load_and_serve(
                 quantize=settings.quantize,
             )
         config = make_config(settings, base.decoder.shape, base.device)
-        adapters = make_store(base.decoder.shape, base.device, config)
+        adapters = make_store(base.decoder.shape, base.device, config, base.info.folder)
         load_adapters(adapters, library, base.info.name)
         config = fit_gpu(settings, base, adapters, config)
         return asyncio.run(_serve(settings, handover, base, library, adapters, config, progress))

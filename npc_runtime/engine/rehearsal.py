@@ -1,10 +1,10 @@
 """Steps of nobody's, computed before the first line, so that nothing is compiled or captured while somebody speaks."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from npc_kernels.batch import BatchMetadata, LoraBatch
-from torch import Tensor
 
 __all__ = ["rehearse_decode", "rehearse_prefill"]
 
@@ -16,25 +16,25 @@ PROMPTS = (17, 40, 64, 512)
 
 
 def rehearse_decode(
-    max_rows: int, page_counts: Iterable[int], pool: Tensor, block_size: int
+    max_rows: int, page_counts: Iterable[int], adapters: LoraBatch, block_size: int
 ) -> Iterator[BatchMetadata]:
     """Steps of up to so many rows that speak, with adapters of these numbers of pages."""
     for num_pages in sorted({0, *page_counts}, reverse=True):
         for num_seen in NUM_SEEN:
             for num_rows in range(max_rows, 0, -1):  # the largest first: the smaller ones fit into its memory
-                yield _step([num_seen - 1] * num_rows, 1, num_pages, pool, block_size)
+                yield _step([num_seen - 1] * num_rows, 1, num_pages, adapters, block_size)
 
 
 def rehearse_prefill(
-    max_tokens: int, page_counts: Iterable[int], pool: Tensor, block_size: int
+    max_tokens: int, page_counts: Iterable[int], adapters: LoraBatch, block_size: int
 ) -> Iterator[BatchMetadata]:
     """Steps in which a prompt is read."""
     for num_pages in {0, *page_counts}:
         for num_tokens in PROMPTS:
-            yield _step([0], min(num_tokens, max_tokens), num_pages, pool, block_size)
+            yield _step([0], min(num_tokens, max_tokens), num_pages, adapters, block_size)
 
 
-def _step(starts: list[int], length: int, num_pages: int, pool: Tensor, block_size: int) -> BatchMetadata:
+def _step(starts: list[int], length: int, num_pages: int, adapters: LoraBatch, block_size: int) -> BatchMetadata:
     """Rows that begin at these positions, all of one length and in block 0, which nobody has yet."""
     positions = torch.tensor([start + offset for start in starts for offset in range(length)])
     bounds = tuple(length * number for number in range(len(starts) + 1))
@@ -50,5 +50,5 @@ def _step(starts: list[int], length: int, num_pages: int, pool: Tensor, block_si
         block_tables=torch.zeros(len(starts), -(-max_seen // block_size), dtype=torch.long),
         block_size=block_size,
         max_seen=max_seen,
-        lora=LoraBatch(pool, pages) if num_pages else None,
+        lora=replace(adapters, pages=pages) if num_pages else None,
     )
