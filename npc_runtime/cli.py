@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from npc_runtime import __version__
+from npc_runtime.adapter_commands import adapter_app
 from npc_runtime.engine.embedded import EMBEDDED_BASE, ensure_embedded_base
 from npc_runtime.errors import EngineDied, NpcError
 
@@ -114,6 +115,9 @@ def serve(
             metavar="MIB", min=1, help="GPU: all that the daemon may take of its memory; the game has the rest."
         ),
     ] = None,
+    max_adapter_rank: Annotated[
+        int, typer.Option(min=1, max=128, help="Adapters of higher ranks are refused; a line pays for every 16.")
+    ] = 64,
 ) -> None:
     """Run the daemon until Ctrl-C. Its first line on stdout says port and token, as JSON."""
     from npc_runtime.console import progress_bars, stderr
@@ -138,6 +142,7 @@ def serve(
         adapter_mib=adapter_memory,
         kv_mib=kv_memory,
         gpu_mib=gpu_memory,
+        max_adapter_rank=max_adapter_rank,
     )
     status = 0
     try:
@@ -346,6 +351,9 @@ def train(
     for epoch in results:
         kept = "  kept" if epoch.kept else ""
         typer.echo(f"epoch {epoch.number}: train {epoch.train:.3f}, held-out {epoch.heldout:.3f}{kept}")
+
+
+app.add_typer(adapter_app, name="adapter", callback=lambda: _prepare_process())
 
 
 def main() -> None:
