@@ -34,7 +34,7 @@ BaseName = Annotated[
 ]
 MaxRank = Annotated[int, typer.Option("--max-adapter-rank", min=1, max=128, help="Ranks above it are refused.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-Source = Annotated[Path, typer.Argument(metavar="FOLDER|FILE", help="A PEFT folder, or a .nemo file.")]
+Source = Annotated[Path, typer.Argument(metavar="PATH", help="A PEFT folder, or a .nemo file.")]
 
 
 @adapter_app.command()
@@ -66,7 +66,7 @@ def import_(
 
 @adapter_app.command()
 def merge(
-    adapters: Annotated[list[Path], typer.Argument(metavar="FOLDER|FILE…", help="What to merge: PEFT or .nemo.")],
+    adapters: Annotated[list[Path], typer.Argument(metavar="PATH", help="PEFT folders or .nemo files.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to write, for --base.")],
     base: BaseName = EMBEDDED_BASE,
     scale: Annotated[list[float] | None, typer.Option(help="Strength of an adapter; once for each, in order.")] = None,

@@ -41,6 +41,9 @@ VARIANTS = {
     "another start": {"init_lora_weights": "orthogonal"},
 }
 
+ON_GPU = ["rank 24", "DoRA", "DoRA, attention only"]
+"""The interpreter of its kernels takes seconds for each; what differs on the way to them is in these."""
+
 
 class Cast:
     """A tiny base with biases, and all variants of adapters for it."""
@@ -96,17 +99,15 @@ def make_store(cast, decoder, **options):
 def test_every_variant_in_a_mixed_batch_equals_peft(cast, kernels):
     decoder = load(cast.folder, kernels)
     store = make_store(cast, decoder)
-    for name, folder in cast.adapters.items():
-        store.add(name, [(folder, 1.0)])
-    got = mixed_logits(decoder, store, {name: prompt_of(name) for name in [*cast.adapters, None]})
-    plain = cast.oracle(None)
+    names = ON_GPU if kernels is gpu else list(cast.adapters)
+    for name in names:
+        store.add(name, [(cast.adapters[name], 1.0)])
+    got = mixed_logits(decoder, store, {name: prompt_of(name) for name in [*names, None]})
     for name, logits in got.items():
         expected = cast.oracle(name)
         torch.testing.assert_close(
             logits, expected, atol=3e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
-        if name is not None and len(expected) == len(plain):
-            assert expected.abs().max() > 0
 
 
 def mixed_logits(decoder, store, prompts):

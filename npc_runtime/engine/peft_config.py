@@ -1,13 +1,13 @@
 """PEFT's adapter_config.json: what of it is applied, what changes nothing, and what is refused by name.
 
 Nothing that changes the result is left out in silence; PEFT 0.21's `LoraConfig` was gone through key by key. The
-file comes from anywhere: its size is bounded, and so is the work of the regular expressions in it.
+file comes from anywhere: its size is bounded, and so is the time of the regular expressions in it.
 """
 
 import json
 import math
-import re
-from collections.abc import Iterable
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,77 +46,135 @@ HARMLESS_STARTS = frozenset(["true", "false", "none", "gaussian", "eva", "orthog
 """Values of `init_lora_weights` that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do not."""
 
 MAX_BYTES = 1 << 20
-MAX_PATTERNS = 4_096
-MAX_REPEATS = 6
-"""Of `*`, `+` and `{` in one expression, none of them around a group: what is left takes polynomial time."""
-MAX_REPEATING = 32
-"""Expressions of a table that repeat anything."""
-
-_PLAIN = re.compile(r"[\w.]*")
-_LITERAL = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL)  # escapes and sets, which repeat nothing
-_REPEAT = re.compile(r"[*+{]")
-
-Numbers = tuple[tuple[re.Pattern[str], float], ...]
-Names = str | re.Pattern[str] | tuple[str, ...] | None
+MAX_PATTERNS = 1_024
+MAX_PATTERN_CHARS = 2_000
+MAX_SECONDS = 1.0
+"""For all expressions of a file; one can be written that takes for ever."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """A LoRA's configuration, checked. Modules are named as in the base: `model.layers.0.self_attn.q_proj`."""
+    """A LoRA's configuration, checked and resolved for the modules of a base."""
 
-    path: Path
     made_for: str  # base_model_name_or_path, as the adapter has it
     is_dora: bool
     is_rs: bool
     notes: tuple[str, ...]  # what was seen and left out, because PEFT leaves it out too
-    _rank: float
-    _alpha: float
-    _ranks: Numbers
-    _alphas: Numbers
-    _targets: Names
-    _excluded: Names
-    _layers: tuple[int, ...] | None
+    targets: frozenset[str]  # modules that PEFT would give an adapter
+    ranks: Mapping[str, float]  # of every module of the base, by `rank_pattern` or `r`
+    alphas: Mapping[str, float]  # likewise
 
     @classmethod
-    def read(cls, path: Path) -> "PeftConfig":
-        """Read and check the file. Raises `AdapterIncompatible`, naming the key; `OSError` if it cannot be read."""
+    def read(cls, path: Path, modules: Sequence[str]) -> "PeftConfig":
+        """Read and check the file for a base with modules of these names (`model.layers.0.self_attn.q_proj`, …).
+
+        Raises `AdapterIncompatible`, naming the key; `OSError` if the file cannot be read.
+        """
         config = _read_json(path)
         _check_kind(path, config)
+        notes = _check_keys(path, config)
+        names = _Names(path, modules)
         return cls(
-            path=path,
             made_for=str(config.get("base_model_name_or_path")),
             is_dora=_flag(path, config, "use_dora"),
             is_rs=_flag(path, config, "use_rslora"),
-            notes=_check_keys(path, config),
-            _rank=_number(path, config, "r", 8),
-            _alpha=_number(path, config, "lora_alpha", 8),
-            _ranks=_table(path, config, "rank_pattern"),
-            _alphas=_table(path, config, "alpha_pattern"),
-            _targets=_names(path, config, "target_modules"),
-            _excluded=_names(path, config, "exclude_modules"),
-            _layers=_layers(path, config),
+            notes=notes,
+            targets=_targets(path, config, names),
+            ranks=names.look_up("rank_pattern", config.get("rank_pattern"), _number(path, config, "r", 8)),
+            alphas=names.look_up("alpha_pattern", config.get("alpha_pattern"), _number(path, config, "lora_alpha", 8)),
         )
-
-    def rank_of(self, module: str) -> float:
-        """The rank that PEFT would make the module with: `rank_pattern`, else `r`."""
-        return _look_up(self._ranks, module, self._rank)
 
     def scaling_of(self, module: str, rank: int) -> float:
         """PEFT's scaling: alpha / r, or alpha / sqrt(r) with rsLoRA (`LoraLayer.update_layer`)."""
-        return _look_up(self._alphas, module, self._alpha) / (math.sqrt(rank) if self.is_rs else rank)
+        return self.alphas[module] / (math.sqrt(rank) if self.is_rs else rank)
 
-    def has_target(self, module: str) -> bool:
-        """Whether PEFT would give the module an adapter (`tuners_utils.check_target_module_exists`)."""
-        if self._excluded is not None and _is_among(self._excluded, module):
-            return False
-        if self._targets is None or self._targets == "all-linear":
-            return True
-        if not _is_among(self._targets, module):
-            return False
-        # A module that is named in full is meant whatever the layers say, as in PEFT.
-        if self._layers is None or (isinstance(self._targets, tuple) and module in self._targets):
-            return True
-        return int(module.split(".")[2]) in self._layers
+
+class _Names:
+    """The modules of a base, found by names and expressions in a file that may say anything."""
+
+    def __init__(self, path: Path, modules: Sequence[str]) -> None:
+        self._path, self._modules = path, modules
+        self._ends: dict[str, list[str]] = {}  # all names that end so behind a dot
+        for module in modules:
+            parts = module.split(".")
+            for first in range(len(parts)):
+                self._ends.setdefault(".".join(parts[first:]), []).append(module)
+        self._deadline = time.monotonic() + MAX_SECONDS
+
+    @property
+    def every(self) -> set[str]:
+        """All modules."""
+        return set(self._modules)
+
+    def ending(self, names: list[str]) -> set[str]:
+        """Modules of these names, or whose names end so behind a dot."""
+        return {module for name in names for module in self._ends.get(name, ())}
+
+    def matching(self, key: str, pattern: str) -> list[str]:
+        """Modules whose whole name an expression matches. Raises `AdapterIncompatible` if that takes too long."""
+        import regex  # as `re`, but can be told to stop
+
+        try:
+            if len(pattern) > MAX_PATTERN_CHARS:
+                raise ValueError(f"{len(pattern)} characters")
+            compiled = regex.compile(pattern)
+            return [m for m in self._modules if compiled.fullmatch(m, timeout=self._seconds_left()) is not None]
+        except TimeoutError as error:
+            raise AdapterIncompatible(
+                f"{self._path}: {key} has an expression that takes too long ('{pattern[:60]}').",
+                "Name the modules instead.",
+            ) from error
+        except Exception as error:  # an expression may be wrong in more ways than the parser has errors for
+            raise AdapterIncompatible(
+                f"{self._path}: {key} cannot be read ({type(error).__name__}: {str(error)[:80]}).", "Export it again."
+            ) from error
+
+    def look_up(self, key: str, table: object, default: float) -> dict[str, float]:
+        """The number of every module: of the first pattern that matches a whole name or its end behind a dot.
+
+        So does PEFT (`peft.utils.other.get_pattern_key`).
+        """
+        table = table or {}
+        if not isinstance(table, dict) or len(table) > MAX_PATTERNS:
+            raise AdapterIncompatible(
+                f"{self._path}: {key} is no table of up to {MAX_PATTERNS} patterns.", "Export it again."
+            )
+        found: dict[str, float] = {}
+        for pattern in table:
+            value = _number(self._path, table, pattern, 0)
+            for module in self._ends.get(pattern) or self.matching(key, rf"(.*\.)?({pattern})"):
+                found.setdefault(module, value)
+        return {module: found.get(module, default) for module in self._modules}
+
+    def _seconds_left(self) -> float:
+        return max(self._deadline - time.monotonic(), 1e-4)
+
+
+def _targets(path: Path, config: dict[str, Any], names: _Names) -> frozenset[str]:
+    """As PEFT's `tuners_utils.check_target_module_exists`; None, which no saved file has, is every linear."""
+    found = names.every
+    target, excluded = (config.get(key) for key in ("target_modules", "exclude_modules"))
+    if isinstance(target, str) and target != "all-linear":
+        found = set(names.matching("target_modules", target))
+    elif isinstance(target, list):
+        layers = _layers(path, config)
+        found = {
+            module
+            for module in names.ending(_as_names(path, "target_modules", target))
+            # A module that is named in full is meant whatever the layers say, as in PEFT.
+            if layers is None or module in target or int(module.split(".")[2]) in layers
+        }
+    elif target is not None and target != "all-linear":
+        _as_names(path, "target_modules", target)
+    if isinstance(excluded, str) and excluded:
+        return frozenset(found - set(names.matching("exclude_modules", excluded)))
+    return frozenset(found - names.ending(_as_names(path, "exclude_modules", excluded or [])))
+
+
+def _as_names(path: Path, key: str, value: object) -> list[str]:
+    if isinstance(value, list) and len(value) <= MAX_PATTERNS and all(isinstance(name, str) for name in value):
+        return value
+    raise AdapterIncompatible(f"{path}: {key} is neither a list of names nor an expression.", "Export it again.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -171,31 +229,6 @@ def _number(path: Path, config: dict[str, Any], key: str, default: float) -> flo
         raise AdapterIncompatible(f"{path}: {key} cannot be read ({error}).", "Export it again.") from error
 
 
-def _table(path: Path, config: dict[str, Any], key: str) -> Numbers:
-    """A pattern matches a whole name or its end behind a dot, as in `peft.utils.other.get_pattern_key`."""
-    table = config.get(key) or {}
-    if not isinstance(table, dict) or len(table) > MAX_PATTERNS:
-        raise AdapterIncompatible(f"{path}: {key} is no table of up to {MAX_PATTERNS} patterns.", "Export it again.")
-    if sum(_PLAIN.fullmatch(pattern) is None for pattern in table) > MAX_REPEATING:
-        raise AdapterIncompatible(
-            f"{path}: {key} has more than {MAX_REPEATING} regular expressions.", "Name the modules instead."
-        )
-    return tuple(
-        (_compile(path, key, pattern, rf"(.*\.)?({pattern})"), _number(path, table, pattern, 0)) for pattern in table
-    )
-
-
-def _names(path: Path, config: dict[str, Any], key: str) -> Names:
-    value = config.get(key)
-    if value is None or value == "all-linear":
-        return None if value is None else "all-linear"
-    if isinstance(value, str):
-        return _compile(path, key, value, value)
-    if not isinstance(value, list) or len(value) > MAX_PATTERNS or not all(isinstance(name, str) for name in value):
-        raise AdapterIncompatible(f"{path}: {key} is neither a list of names nor a pattern.", "Export it again.")
-    return tuple(value)
-
-
 def _layers(path: Path, config: dict[str, Any]) -> tuple[int, ...] | None:
     """`layers_to_transform`; empty means all, as in PEFT. `layers_pattern` has one answer in the Llama family."""
     value, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
@@ -207,27 +240,3 @@ def _layers(path: Path, config: dict[str, Any]) -> tuple[int, ...] | None:
     if pattern and "layers" not in (pattern if isinstance(pattern, list) else [pattern]):
         raise AdapterIncompatible(f"{path}: layers_pattern is not 'layers'.", "It belongs to another kind of model.")
     return tuple(layers)
-
-
-def _compile(path: Path, key: str, pattern: str, whole: str) -> re.Pattern[str]:
-    bare = _LITERAL.sub("x", pattern)
-    repeats = len(_REPEAT.findall(bare))
-    if repeats > MAX_REPEATS or re.search(r"\)[*+{]", bare):
-        raise AdapterIncompatible(
-            f"{path}: {key} has an expression that could take for ever ('{pattern[:60]}').", "Name the modules instead."
-        )
-    try:
-        return re.compile(whole)
-    except (re.error, RecursionError, OverflowError, Warning) as error:
-        raise AdapterIncompatible(f"{path}: {key} cannot be read ({error}).", "Export it again.") from error
-
-
-def _look_up(table: Numbers, module: str, default: float) -> float:
-    return next((value for pattern, value in table if pattern.fullmatch(module)), default)
-
-
-def _is_among(names: Names, module: str) -> bool:
-    if isinstance(names, re.Pattern):
-        return names.fullmatch(module) is not None
-    assert isinstance(names, Iterable)
-    return any(module == name or module.endswith(f".{name}") for name in names)

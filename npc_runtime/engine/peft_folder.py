@@ -55,8 +55,8 @@ _PLACES = {  # linear: (group of its layer, slice in the group)
     "mlp.down_proj": (3, 0),
 }
 _FOREIGN = (  # what a name that no linear has may mean
-    (r"lora_embedding_|embed_tokens", "LoRA on the embedding", "Train it on the seven linears."),
-    (r"lm_head", "LoRA on the head", "Train it on the seven linears."),
+    (r"lora_embedding_|embed_tokens.*lora_", "LoRA on the embedding", "Train it on the seven linears."),
+    (r"lm_head.*lora_", "LoRA on the head", "Train it on the seven linears."),
     (r"experts|block_sparse_moe|\.router\b", "LoRA on experts", "Bases with experts are not supported."),
     (r"lora_[AB](\.default)?\.bias", "a bias of the LoRA", "Train it with lora_bias=False."),
     (r"trainable_tokens", "trained tokens", "Train it without trainable_token_indices."),
@@ -106,7 +106,7 @@ def read_peft_folder(folder: Path, shape: ModelShape, *, scale: float = 1.0, max
     """
     config_path, weights_path = _find_files(folder)
     try:
-        config = PeftConfig.read(config_path)
+        config = PeftConfig.read(config_path, _modules(shape))
         names = _Header(weights_path, config, shape, max_rank).check()
         raw, raw_config = weights_path.read_bytes(), config_path.read_bytes()
     except OSError as error:
@@ -226,7 +226,7 @@ class _Header:
         self._check_shape(name, named, *self._sizes[module])
         if named.part == "magnitude" and not self._config.is_dora:
             raise self._refusal(f"{name} is DoRA's, but use_dora is not set.", "Set it, or export the adapter again.")
-        if not self._config.has_target(named.module):
+        if named.module not in self._config.targets:
             raise self._refusal(
                 f"PEFT would leave {name} out, by target_modules and its like in {CONFIG_NAME}.",
                 "Correct the configuration, or export the adapter again.",
@@ -247,9 +247,9 @@ class _Header:
         if not 1 <= rank <= self._max_rank:
             more = " or allow more with --max-adapter-rank 128" if self._max_rank < rank <= 128 else ""
             raise self._refusal(f"{name} has rank {rank}, not 1 to {self._max_rank}.", f"Train it with another{more}.")
-        if rank != self._config.rank_of(named.module):
+        if rank != self._config.ranks[named.module]:
             raise self._refusal(
-                f"{name} has rank {rank}, {CONFIG_NAME} says {self._config.rank_of(named.module):g}.",
+                f"{name} has rank {rank}, {CONFIG_NAME} says {self._config.ranks[named.module]:g}.",
                 "Configuration and weights are of different adapters; copy or export it again.",
             )
 
@@ -268,6 +268,10 @@ def linear_sizes(shape: ModelShape) -> dict[str, tuple[int, int]]:
         "mlp.up_proj": (shape.hidden, shape.intermediate),
         "mlp.down_proj": (shape.intermediate, shape.hidden),
     }
+
+
+def _modules(shape: ModelShape) -> list[str]:
+    return [f"model.layers.{layer}.{module}" for layer in range(shape.num_layers) for module in linear_sizes(shape)]
 
 
 def _foreign(path: Path, name: str) -> AdapterIncompatible:

@@ -137,13 +137,9 @@ def place_weights(
 def dense_weights(folder: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield the named linears of a base, one after the other, dense and in main memory. Raises `StartupError`."""
     weights = read_weights(folder, read_scheme(folder), lambda fraction: None, names=names)
-    yield from _dense(place_weights(weights, dtype=torch.float32, device=torch.device("cpu"), keeps_codes=False))
-
-
-def _dense(weights: Iterable[tuple[str, BaseWeight]]) -> Iterator[tuple[str, Tensor]]:
-    for name, weight in weights:
-        assert isinstance(weight, Tensor)
-        yield name, weight
+    for name, weight in place_weights(weights, dtype=torch.float32, device=torch.device("cpu"), keeps_codes=False):
+        if name in names and isinstance(weight, Tensor):  # a bias has the same front
+            yield name, weight
 
 
 def read_weights(
