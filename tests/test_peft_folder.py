@@ -236,6 +236,8 @@ def write_a_bad_config(folder):
     (folder / "adapter_config.json").write_bytes(b"\xff{")
 
 
+ENDLESS = r"((?:.|..)*)((?:.|..)*)((?:.|..)*)\3\2\1\d"
+
 BAD = {
     "folder gone": (shutil.rmtree, AdapterMissing, "does not exist"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), AdapterMissing, "adapter_config.json"),
@@ -296,8 +298,8 @@ BAD = {
     "tokens": (edit_config(trainable_token_indices=[5]), AdapterIncompatible, "trainable_token_indices"),
     "CorDA": (edit_config(init_lora_weights="corda"), AdapterIncompatible, "corda"),
     "a start from the future": (edit_config(init_lora_weights="moon"), AdapterIncompatible, "'moon' changes"),
-    "expression without end": (edit_config(target_modules=r"([a-z0-9_.]*)*!"), AdapterIncompatible, "too long"),
-    "alpha pattern without end": (edit_config(alpha_pattern={"(.*|.*)*!": 3}), AdapterIncompatible, "too long"),
+    "expression without end": (edit_config(target_modules=ENDLESS), AdapterIncompatible, "too long"),
+    "alpha pattern without end": (edit_config(alpha_pattern={ENDLESS: 3}), AdapterIncompatible, "too long"),
     "rank pattern is text": (edit_config(rank_pattern={"q_proj": "x"}), AdapterIncompatible, "q_proj cannot be read"),
     "bias": (edit_config(bias="all"), AdapterIncompatible, "bias"),
     "saved modules": (edit_config(modules_to_save=["lm_head"]), AdapterIncompatible, "modules_to_save"),

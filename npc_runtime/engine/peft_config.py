@@ -48,7 +48,7 @@ HARMLESS_STARTS = frozenset(["true", "false", "none", "gaussian", "eva", "orthog
 MAX_BYTES = 1 << 20
 MAX_PATTERNS = 1_024
 MAX_PATTERN_CHARS = 2_000
-MAX_SECONDS = 1.0
+MAX_SECONDS = 0.5
 """For all expressions of a file; one can be written that takes for ever."""
 
 
