@@ -27,6 +27,7 @@ __all__ = [
     "AdapterPages",
     "BaseWeights",
     "PeftAdapter",
+    "linear_sizes",
     "load_peft_folder",
     "read_peft_folder",
 ]
