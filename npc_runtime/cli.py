@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from npc_runtime import __version__
+from npc_runtime.adapter_commands import adapter_app
 from npc_runtime.engine.embedded import EMBEDDED_BASE, ensure_embedded_base
 from npc_runtime.errors import EngineDied, NpcError
 from npc_runtime.options import AsJson, Base, Personas, default_personas, prepare_process
@@ -32,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(persona_app, name="persona")
+app.add_typer(adapter_app, name="adapter", callback=prepare_process)
 
 
 class DType(StrEnum):
@@ -105,6 +107,9 @@ def serve(
             metavar="MIB", min=1, help="GPU: all that the daemon may take of its memory; the game has the rest."
         ),
     ] = None,
+    max_adapter_rank: Annotated[
+        int, typer.Option(min=1, max=128, help="Adapters of higher ranks are refused; a line pays for every 16.")
+    ] = 64,
 ) -> None:
     """Run the daemon until Ctrl-C. Its first line on stdout says port and token, as JSON."""
     from npc_runtime.console import progress_bars, stderr
@@ -129,6 +134,7 @@ def serve(
         adapter_mib=adapter_memory,
         kv_mib=kv_memory,
         gpu_mib=gpu_memory,
+        max_adapter_rank=max_adapter_rank,
     )
     status = 0
     try:

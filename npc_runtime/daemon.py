@@ -91,7 +91,7 @@ def _load_and_serve(
                 quantize=settings.quantize,
             )
         config = make_config(settings, base.decoder.shape, base.device)
-        adapters = make_store(base.decoder.shape, base.device, config)
+        adapters = make_store(base.decoder.shape, base.device, config, base.info.folder)
         load_adapters(adapters, library, base.info.name)
         config = fit_gpu(settings, base, adapters, config)
         server = _make_server(settings, handover, base, library, config)

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,14 @@ from npc_runtime.engine.memory import MIN_KV_TOKENS, fit_kv_tokens, keep_within,
 from npc_runtime.engine.model import Decoder, Kernels, ModelShape, PageLayout, choose_kernels
 from npc_runtime.engine.quantized import Quantize, has_code_kernels, is_to_be_quantized, load_quantized
 from npc_runtime.engine.tokenizer import ChatTokenizer
-from npc_runtime.engine.weights import BaseInfo, describe_base, iterate_weights, read_config, resolve_base
+from npc_runtime.engine.weights import (
+    BaseInfo,
+    dense_weights,
+    describe_base,
+    iterate_weights,
+    read_config,
+    resolve_base,
+)
 from npc_runtime.errors import AdapterIncompatible, ContextOverflow, StartupError, WireError
 from npc_runtime.persona import Library, Persona
 
@@ -56,6 +64,7 @@ class Settings:
     adapter_mib: int | None = None  # None: `EngineConfig`'s
     kv_mib: int | None = None  # None: `EngineConfig`'s, but at most MAX_DEFAULT_KV_BYTES
     gpu_mib: int | None = None  # of everything on the GPU; None: no bound but what is free
+    max_adapter_rank: int | None = None  # None: `EngineConfig`'s
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +156,8 @@ def make_config(settings: Settings, shape: ModelShape, device: Device) -> Engine
             f"--kv-memory {settings.kv_mib} holds {num_tokens} tokens of this base.", f"Use {needed} or more."
         )
     config = replace(config, kv_tokens=num_tokens // config.block_size * config.block_size)
+    if settings.max_adapter_rank is not None:
+        config = replace(config, max_adapter_rank=settings.max_adapter_rank)
     if settings.adapter_mib is not None:
         num_bytes = settings.adapter_mib * 2**20
         config = replace(config, adapter_pool_bytes=num_bytes, adapter_host_bytes=num_bytes)
@@ -193,8 +204,8 @@ def _kv_token_bytes(shape: ModelShape, device: Device) -> int:
     return 2 * shape.num_layers * shape.kv_size * device.dtype.itemsize
 
 
-def make_store(shape: ModelShape, device: Device, config: EngineConfig) -> AdapterStore:
-    """An empty adapter store for a base."""
+def make_store(shape: ModelShape, device: Device, config: EngineConfig, folder: Path | None = None) -> AdapterStore:
+    """An empty adapter store for a base; from its folder come the weights that DoRA adapters are computed from."""
     return AdapterStore(
         shape,
         PageLayout.of(shape),
@@ -203,6 +214,8 @@ def make_store(shape: ModelShape, device: Device, config: EngineConfig) -> Adapt
         max_pages=config.max_adapter_pages,
         max_pool_bytes=config.adapter_pool_bytes,
         max_host_bytes=config.adapter_host_bytes,
+        max_rank=config.max_adapter_rank,
+        base=None if folder is None else partial(dense_weights, folder),
     )
 
 
@@ -242,7 +255,7 @@ def check_personas(library: Library, base: str, on_progress: OnProgress) -> dict
     device = choose_device("auto")
     folder = resolve_base(base, on_progress)
     config = EngineConfig(adapter_host_bytes=0)  # nothing is going to speak
-    store = make_store(ModelShape.from_config(read_config(folder)), device, config)
+    store = make_store(ModelShape.from_config(read_config(folder)), device, config, folder)
     notes = load_adapters(store, library, describe_base(base, folder).name)
     tokenizer, context = ChatTokenizer(folder), find_context(folder)
     for persona in list(library):

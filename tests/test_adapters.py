@@ -70,9 +70,9 @@ def settle(store):
 def count_reads(store, monkeypatch):
     reads, right = [], store.host._read
 
-    def reading(parts):
+    def reading(parts, base):
         reads.append((parts[0][0].name, threading.current_thread().name))
-        return right(parts)
+        return right(parts, base)
 
     monkeypatch.setattr(store.host, "_read", reading)
     return reads

@@ -21,7 +21,7 @@ from npc_runtime.engine.faults import is_device_error, is_out_of_memory
 from npc_runtime.engine.host_copies import HostCopies
 from npc_runtime.engine.model import ModelShape, PageLayout
 from npc_runtime.engine.pages import PagePool
-from npc_runtime.engine.peft_folder import AdapterPages
+from npc_runtime.engine.peft_folder import MAX_RANK, AdapterPages, BaseWeights
 from npc_runtime.errors import AdapterIncompatible, OutOfMemory, WireError
 
 __all__ = ["AdapterStore", "FailedLoad"]
@@ -45,6 +45,14 @@ class _Load(NamedTuple):
     after: torch.cuda.Event | None
 
 
+class _Opened(NamedTuple):
+    """What there is once the store is open."""
+
+    pages: PagePool
+    pool: Tensor  # (num_pages, page_elements)
+    multipliers: Tensor | None  # (num_pages, num_outputs) float32
+
+
 class AdapterStore:
     """Adapters by name. The pool is no larger than all adapters together need."""
 
@@ -58,14 +66,24 @@ class AdapterStore:
         max_pages: int,
         max_pool_bytes: int | None = None,
         max_host_bytes: int | None = None,
+        max_rank: int = MAX_RANK,
+        base: BaseWeights | None = None,  # where DoRA's factors come from; without it there are no DoRA adapters
     ) -> None:
-        page_bytes = layout.num_elements * dtype.itemsize
-        self._max_pages = max_pages if max_pool_bytes is None else min(max_pages, max_pool_bytes // page_bytes)
-        self._page_size = layout.num_elements
+        """All adapters are read in `dtype`, for pages of `layout` on `device`."""
+        self._most_pages, self._max_pool_bytes = max_pages, max_pool_bytes
+        self._layout = layout
         self._dtype = dtype
         self._device = device
-        self.host = HostCopies(shape, layout, dtype=dtype, max_bytes=max_host_bytes, pinned=device.type == "cuda")
-        self._opened: tuple[PagePool, Tensor] | None = None
+        self.host = HostCopies(
+            shape,
+            layout,
+            dtype=dtype,
+            max_bytes=max_host_bytes,
+            pinned=device.type == "cuda",
+            max_rank=max_rank,
+            base=base,
+        )
+        self._opened: _Opened | None = None
         self._wanted: queue.SimpleQueue[_Load | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[tuple[str, Exception | None]] = queue.SimpleQueue()
         self._loader: threading.Thread | None = None
@@ -75,18 +93,40 @@ class AdapterStore:
     @property
     def pool(self) -> Tensor:
         """All pages, `(num_pages, page_elements)`. Pages that `pages_of` does not name may be written at any time."""
-        return self._made[1]
+        return self._made.pool
+
+    @property
+    def multipliers(self) -> Tensor | None:
+        """DoRA's factors, as `LoraBatch` has them: `(num_pages, num_outputs)`; None if no adapter is a DoRA."""
+        return self._made.multipliers
 
     @property
     def resident(self) -> tuple[str, ...]:
         """Names of the adapters that are in the pool; may be read from any thread."""
-        return self._opened[0].resident if self._opened is not None else ()
+        return self._opened.pages.resident if self._opened is not None else ()
 
     @property
     def num_bytes(self) -> int:
         """What the pool takes, or will take when it opens."""
-        num_pages = min(self._max_pages, sum(self.host.sizes.values()))
-        return num_pages * self._page_size * self._dtype.itemsize
+        return self._num_pages * self._page_bytes
+
+    @property
+    def _page_bytes(self) -> int:
+        """Of a page, and of the factors that go with it."""
+        factors = self._layout.num_outputs * torch.float32.itemsize if self.host.has_dora else 0
+        return self._layout.num_elements * self._dtype.itemsize + factors
+
+    @property
+    def _max_pages(self) -> int:
+        if self._max_pool_bytes is None:
+            return self._most_pages
+        return min(self._most_pages, self._max_pool_bytes // self._page_bytes)
+
+    @property
+    def _num_pages(self) -> int:
+        """No more than all adapters need, and as many as the largest does: the first DoRA makes all pages larger."""
+        sizes = self.host.sizes.values()
+        return max(min(self._max_pages, sum(sizes)), max(sizes, default=0))
 
     def add(self, name: str, parts: Iterable[tuple[Path, float]]) -> AdapterPages:
         """Read an adapter, or several that are applied together, as (folder, scale) pairs.
@@ -100,11 +140,13 @@ class AdapterStore:
         """Make the pool, and fill it with adapters that are in memory, the first added first; again does nothing."""
         if self._opened is not None:
             return
-        sizes = self.host.sizes
-        num_pages = min(self._max_pages, sum(sizes.values()))
-        tensor = torch.zeros((num_pages, self._page_size), dtype=self._dtype, device=self._device)
-        pages = PagePool(num_pages, sizes, self._start_load)
-        self._opened = pages, tensor
+        num_pages = self._num_pages
+        tensor = torch.zeros((num_pages, self._layout.num_elements), dtype=self._dtype, device=self._device)
+        multipliers = None
+        if self.host.has_dora:
+            multipliers = torch.ones((num_pages, self._layout.num_outputs), device=self._device)
+        pages = PagePool(num_pages, self.host.sizes, self._start_load)
+        self._opened = _Opened(pages, tensor, multipliers)
         for name in self.host.names:
             numbers = pages.place(name)
             if numbers:
@@ -117,19 +159,19 @@ class AdapterStore:
 
     def pages_of(self, name: str) -> list[int]:
         """Page numbers of an adapter that a running line uses, in rank order."""
-        return self._made[0].pages_of(name)
+        return self._made.pages.pages_of(name)
 
     def admit(self, sequence: Sequence) -> Admission:
         """Give the sequence its adapter, or have it loaded; see `PagePool.admit`."""
-        return self._made[0].admit(sequence)
+        return self._made.pages.admit(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """Take back what `admit` gave or promised, if anything."""
-        self._made[0].leave(sequence)
+        self._made.pages.leave(sequence)
 
     def pin(self, name: str) -> None:
         """Let a resident adapter be pushed out after those that are not pinned."""
-        self._made[0].pin(name)
+        self._made.pages.pin(name)
 
     def collect(self) -> list[FailedLoad]:
         """Take the outcomes of the loads that are done; return those that failed.
@@ -140,11 +182,11 @@ class AdapterStore:
         while not self._outcomes.empty():
             name, error = self._outcomes.get()
             if error is None:
-                self._made[0].loaded(name)
+                self._made.pages.loaded(name)
             elif is_device_error(error):
                 raise error
             else:
-                failed.append(FailedLoad(name, self._made[0].failed(name), _as_wire(name, error)))
+                failed.append(FailedLoad(name, self._made.pages.failed(name), _as_wire(name, error)))
         return failed
 
     def reset(self, timeout_s: float) -> None:
@@ -168,10 +210,10 @@ class AdapterStore:
 
     def check_integrity(self, running: Iterable[Sequence], waiting: Iterable[Sequence]) -> None:
         """Assert that no page and no user is lost; see `PagePool.check_integrity`."""
-        self._made[0].check_integrity(running, waiting)
+        self._made.pages.check_integrity(running, waiting)
 
     @property
-    def _made(self) -> tuple[PagePool, Tensor]:
+    def _made(self) -> _Opened:
         assert self._opened is not None, "the store is not open yet"
         return self._opened
 
@@ -179,6 +221,10 @@ class AdapterStore:
     def _write(self, name: str, pages: list[int]) -> None:
         for page, source in zip(pages, self.host.get(name).pages, strict=True):
             self.pool[page].copy_(source, non_blocking=True)  # whoever writes synchronises the stream
+        if self.multipliers is not None:
+            factors = self.host.multipliers_of(name)
+            row = self.multipliers[pages[0]]
+            _ = row.fill_(1.0) if factors is None else row.copy_(factors, non_blocking=True)
 
     def _start_load(self, name: str, pages: list[int]) -> None:
         if self._loader is None:

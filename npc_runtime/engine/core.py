@@ -54,6 +54,7 @@ class EngineConfig:
     max_step_tokens: int = 512
     max_waiting: int = 1_024
     max_adapter_pages: int = 64
+    max_adapter_rank: int = 64  # the kernels go to 128
     adapter_pool_bytes: int = 2 << 30  # pages on the device
     adapter_host_bytes: int = 2 << 30  # copies in main memory
     ageing_s: float = 2.0  # waiting so long raises a line by one priority

@@ -7,13 +7,14 @@ are refused instead of being mixed with what was computed under the old ones.
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from npc_runtime.engine.model import ModelShape, PageLayout
-from npc_runtime.engine.peft_folder import AdapterPages, load_peft_folder
+from npc_runtime.engine.peft_folder import MAX_RANK, AdapterPages, BaseWeights, load_peft_folder
 from npc_runtime.errors import AdapterIncompatible
 
 __all__ = ["HostCopies"]
@@ -28,6 +29,7 @@ class _Known:
     digests: tuple[str, ...]  # of each part
     digest: str
     num_pages: int
+    multipliers: Tensor | None  # DoRA's; small, and dear to compute
 
 
 class HostCopies:
@@ -44,12 +46,16 @@ class HostCopies:
         dtype: torch.dtype,
         max_bytes: int | None,
         pinned: bool = False,  # for a GPU, which then copies at the speed of its bus, beside the steps
+        max_rank: int = MAX_RANK,
+        base: BaseWeights | None = None,  # None: there are no DoRA adapters
     ) -> None:
         self._shape = shape
         self._layout = layout
         self._dtype = dtype
         self._max_bytes = max_bytes
         self._pinned = pinned
+        self._max_rank = max_rank
+        self._base = base
         self._known: dict[str, _Known] = {}
         self._copies: OrderedDict[str, AdapterPages] = OrderedDict()
         self.num_bytes = 0  # of all copies, never more than the budget; the one that is being loaded may come on top
@@ -64,6 +70,15 @@ class HostCopies:
         """Adapters that are in memory now."""
         return list(self._copies)
 
+    @property
+    def has_dora(self) -> bool:
+        """Whether any adapter has factors for the outputs of the base."""
+        return any(known.multipliers is not None for known in self._known.values())
+
+    def multipliers_of(self, name: str) -> Tensor | None:  # (num_outputs,) float32
+        """DoRA's factors of an adapter; None if it is no DoRA."""
+        return self._known[name].multipliers
+
     def digest_of(self, name: str) -> str:
         """What identifies the adapter's content, for caches."""
         return self._known[name].digest
@@ -74,14 +89,22 @@ class HostCopies:
         `max_pages` is what the pool has: a larger adapter could never be used.
         """
         known_parts = tuple(parts)
-        whole, digests = self._read(known_parts)
+        whole, digests = self._read(known_parts, self._base)
         if len(whole.pages) > max_pages:
             raise AdapterIncompatible(
                 f"The adapter of {name} needs {len(whole.pages)} pages, the pool has {max_pages}.",
                 "Use fewer or smaller adapters, or raise --adapter-memory.",
             )
-        self._known[name] = _Known(known_parts, digests, whole.digest, len(whole.pages))
-        self._keep(name, whole)
+        multipliers = whole.multipliers
+        if whole.is_dora and multipliers is None:
+            raise AdapterIncompatible(
+                f"The adapter of {name} is a DoRA, for which the weights of the base are needed.",
+                "Serve it from a base folder.",
+            )
+        if multipliers is not None and self._pinned:
+            multipliers = multipliers.pin_memory()
+        self._known[name] = _Known(known_parts, digests, whole.digest, len(whole.pages), multipliers)
+        self._keep(name, replace(whole, multipliers=None))
         return whole
 
     def get(self, name: str) -> AdapterPages:
@@ -89,7 +112,7 @@ class HostCopies:
         copy = self._copies.get(name)
         if copy is None:
             known = self._known[name]
-            copy, digests = self._read(known.parts)
+            copy, digests = self._read(known.parts, None)  # the factors are known
             for (folder, _), before, now in zip(known.parts, known.digests, digests, strict=True):
                 if before != now:
                     raise AdapterIncompatible(
@@ -99,12 +122,26 @@ class HostCopies:
         self._keep(name, copy)
         return copy
 
-    def _read(self, parts: Parts) -> tuple[AdapterPages, tuple[str, ...]]:
+    def _read(self, parts: Parts, base: BaseWeights | None) -> tuple[AdapterPages, tuple[str, ...]]:
         """Read all parts as one adapter, and the digest of each."""
         loaded = [
-            load_peft_folder(folder, self._shape, self._layout, dtype=self._dtype, scale=scale)
+            load_peft_folder(
+                folder,
+                self._shape,
+                self._layout,
+                dtype=self._dtype,
+                scale=scale,
+                max_rank=self._max_rank,
+                base=base,
+            )
             for folder, scale in parts
         ]
+        if len(loaded) > 1 and any(part.is_dora for part in loaded):
+            raise AdapterIncompatible(
+                f"A DoRA adapter among {', '.join(str(folder) for folder, _ in parts)} cannot be applied together with "
+                "others: each would rescale what the others add.",
+                "Name it alone, or merge adapters into a base of their own (npc-runtime adapter merge).",
+            )
         digests = tuple(part.digest for part in loaded)
         pages = torch.cat([part.pages for part in loaded]) if len(loaded) > 1 else loaded[0].pages
         whole = AdapterPages(
@@ -112,6 +149,8 @@ class HostCopies:
             rank=sum(part.rank for part in loaded),
             digest=hashlib.sha256("".join(digests).encode()).hexdigest(),
             made_for=loaded[0].made_for,
+            is_dora=loaded[0].is_dora,
+            multipliers=loaded[0].multipliers,
         )
         return whole, digests
 

@@ -7,11 +7,11 @@ planes, in classes each. All of it is rehearsed for the adapters at hand, whatev
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from npc_kernels.batch import BatchMetadata, LoraBatch
 from npc_kernels.gpu_plan import BUCKETS, CHUNK, PLANES
-from torch import Tensor
 
 __all__ = ["rehearse_decode", "rehearse_prefill"]
 
@@ -23,28 +23,28 @@ PROMPTS = ((0, 17), (0, 33), (CHUNK, 17))
 
 
 def rehearse_decode(
-    max_rows: int, longest: int, page_counts: Iterable[int], pool: Tensor, block_size: int
+    max_rows: int, longest: int, page_counts: Iterable[int], adapters: LoraBatch, block_size: int
 ) -> Iterator[BatchMetadata]:
     """Steps of up to so many rows that speak, none longer than the longest, with adapters of these numbers of pages."""
     sizes = sorted({min(size, max_rows) for size in BUCKETS}, reverse=True)
     for num_pages in sorted({0, *page_counts}, reverse=True):
         for num_seen in (length for length in LENGTHS if length <= longest):
             for num_rows in sizes:  # the largest first: the smaller ones fit into its memory
-                yield _step([num_seen - 1] * num_rows, 1, num_pages, pool, block_size)
+                yield _step([num_seen - 1] * num_rows, 1, num_pages, adapters, block_size)
 
 
 def rehearse_prefill(
-    max_tokens: int, longest: int, page_counts: Iterable[int], pool: Tensor, block_size: int
+    max_tokens: int, longest: int, page_counts: Iterable[int], adapters: LoraBatch, block_size: int
 ) -> Iterator[BatchMetadata]:
     """Steps in which a prompt is read; the largest there can be among them, so that its memory is there."""
     for num_pages in sorted({0, *page_counts}, reverse=True):
         for start, num_tokens in (*PROMPTS, (0, max_tokens)):
             length = min(num_tokens, max_tokens, longest - start)
             if length > 0:
-                yield _step([start], length, num_pages, pool, block_size)
+                yield _step([start], length, num_pages, adapters, block_size)
 
 
-def _step(starts: list[int], length: int, num_pages: int, pool: Tensor, block_size: int) -> BatchMetadata:
+def _step(starts: list[int], length: int, num_pages: int, adapters: LoraBatch, block_size: int) -> BatchMetadata:
     """Rows that begin at these positions, all of one length and in block 0, which nobody has yet."""
     positions = torch.tensor([start + offset for start in starts for offset in range(length)])
     bounds = tuple(length * number for number in range(len(starts) + 1))
@@ -60,5 +60,5 @@ def _step(starts: list[int], length: int, num_pages: int, pool: Tensor, block_si
         block_tables=torch.zeros(len(starts), -(-max_seen // block_size), dtype=torch.long),
         block_size=block_size,
         max_seen=max_seen,
-        lora=LoraBatch(pool, pages) if num_pages else None,
+        lora=replace(adapters, pages=pages) if num_pages else None,
     )

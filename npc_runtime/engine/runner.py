@@ -85,10 +85,11 @@ class Runner:
     def warm(self, on_progress: Callable[[float], None]) -> None:
         """Compile and record what lines will need, as far as it can be foreseen. Call it before the first line."""
         config, pool = self._config, self._adapters.pool
+        adapters = LoraBatch(pool, (), self._adapters.multipliers)
         sizes = [size for size in set(self._adapters.host.sizes.values()) if size <= len(pool)]
         longest = min(self._decoder.shape.context, config.kv_tokens)
-        prefill = list(rehearse_prefill(config.max_step_tokens, longest, sizes, pool, config.block_size))
-        decode = list(rehearse_decode(config.max_rows, longest, sizes, pool, config.block_size))
+        prefill = list(rehearse_prefill(config.max_step_tokens, longest, sizes, adapters, config.block_size))
+        decode = list(rehearse_decode(config.max_rows, longest, sizes, adapters, config.block_size))
         for done, batch in enumerate([*prefill, *decode]):
             on_progress(done / (len(prefill) + len(decode)))
             room = self._decoder.kernels.room(batch)
@@ -142,4 +143,4 @@ class Runner:
         """Name the pages of each row's adapter."""
         names = [row.sequence.request.adapter for row in rows]
         pages = tuple(() if name is None else tuple(self._adapters.pages_of(name)) for name in names)
-        return LoraBatch(self._adapters.pool, pages) if any(pages) else None
+        return LoraBatch(self._adapters.pool, pages, self._adapters.multipliers) if any(pages) else None
