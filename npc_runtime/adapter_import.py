@@ -28,6 +28,7 @@ __all__ = ["AdapterReport", "Base", "check_adapter", "import_adapter", "open_ada
 RECORD_NAME = "import.json"
 """Where an adapter came from, and for which base it was checked."""
 
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NEMO_ENDS = (".nemo", ".tar", ".tar.gz", ".tgz")
 
 
@@ -171,7 +172,7 @@ def _describe(path: Path, adapter: PeftAdapter, base: Base) -> AdapterReport:
         source="PEFT" if path.is_dir() else "NeMo",
         kind=kind,
         ranks=dict(sorted(ranks.items())),
-        targets=targets,
+        targets={name: targets[name] for name in _LINEARS if name in targets},
         num_layers=base.shape.num_layers,
         made_for=adapter.config.made_for,
         base=base.info.name,
