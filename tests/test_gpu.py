@@ -327,7 +327,7 @@ def test_rows_longer_than_all_planes():
     torch.manual_seed(0)
     border = PLANES * CHUNK
     table = torch.zeros(3 * border, 4)
-    batch = make_batch([(border - 5, border + 6), (2 * border + 299, 2 * border + 300)][::-1])
+    batch = make_batch([(border - 3, border + 4), (2 * border + 299, 2 * border + 300)][::-1])
     batch = dataclasses.replace(batch, num_decode=1)
     caches = torch.randn(2, batch.block_tables.numel(), BLOCK_SIZE, 2, 16)
     q = torch.randn(len(batch.positions), 4, 16)
