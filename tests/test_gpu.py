@@ -326,20 +326,21 @@ def test_rows_longer_than_all_planes():
     """
     torch.manual_seed(0)
     border = PLANES * CHUNK
-    batch = make_batch([(border - 5, border + 6), (2 * border + 299, 2 * border + 300)][::-1])
+    table = torch.zeros(3 * border, 4)
+    batch = make_batch([(border - 3, border + 4), (2 * border + 299, 2 * border + 300)][::-1])
     batch = dataclasses.replace(batch, num_decode=1)
     caches = torch.randn(2, batch.block_tables.numel(), BLOCK_SIZE, 2, 16)
     q = torch.randn(len(batch.positions), 4, 16)
-    planned = plan(batch, TABLE, TABLE)
+    planned = plan(batch, table, table)
     assert planned.num_planes == PLANES
     got = gpu.paged_attention(q, caches[0], caches[1], planned)
-    expected = reference.paged_attention(q, caches[0], caches[1], reference.plan(batch, TABLE, TABLE))
+    expected = reference.paged_attention(q, caches[0], caches[1], reference.plan(batch, table, table))
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
     for token, position in enumerate(batch.positions.tolist()):
         alone = make_batch([(position, position + 1)])
         tables = batch.block_tables[min(token, 1) :][:1, : alone.block_tables.shape[1]]
         alone = dataclasses.replace(alone, block_tables=tables)
-        single = gpu.paged_attention(q[token : token + 1], caches[0], caches[1], plan(alone, TABLE, TABLE))
+        single = gpu.paged_attention(q[token : token + 1], caches[0], caches[1], plan(alone, table, table))
         assert torch.equal(single, got[token : token + 1])
 
 
