@@ -17,13 +17,14 @@ from npc_runtime.engine.model import Decoder, Kernels, ModelShape, PageLayout, c
 from npc_runtime.engine.quantized import Quantize, has_code_kernels, is_to_be_quantized, load_quantized
 from npc_runtime.engine.tokenizer import ChatTokenizer
 from npc_runtime.engine.weights import BaseInfo, describe_base, iterate_weights, read_config, resolve_base
-from npc_runtime.errors import AdapterIncompatible, StartupError, WireError
+from npc_runtime.errors import AdapterIncompatible, ContextOverflow, StartupError, WireError
 from npc_runtime.persona import Library, Persona
 
 __all__ = [
     "LoadedBase",
     "Settings",
     "check_personas",
+    "find_context",
     "fit_gpu",
     "load_adapters",
     "load_base",
@@ -217,13 +218,28 @@ def load_adapters(store: AdapterStore, library: Library, base_name: str) -> dict
     return notes
 
 
+def find_context(folder: Path) -> int:
+    """The tokens that a daemon with default settings has for prompt and reply together."""
+    return min(ModelShape.from_config(read_config(folder)).context, EngineConfig().kv_tokens)
+
+
 def check_personas(library: Library, base: str, on_progress: OnProgress) -> dict[str, str]:
-    """Check all adapters as the daemon would, without loading the base's weights; notes as `load_adapters`."""
+    """Check all adapters and prompts as the daemon would, without loading the base's weights; notes as
+    `load_adapters`.
+    """
     device = choose_device("auto")
     folder = resolve_base(base, on_progress)
     config = EngineConfig(adapter_host_bytes=0)  # nothing is going to speak
     store = make_store(ModelShape.from_config(read_config(folder)), device, config)
-    return load_adapters(store, library, describe_base(base, folder).name)
+    notes = load_adapters(store, library, describe_base(base, folder).name)
+    tokenizer, context = ChatTokenizer(folder), find_context(folder)
+    for persona in list(library):
+        size = len(tokenizer.render(persona.messages([], "")).token_ids)
+        notes[persona.id] += f", a prompt of {size} tokens"
+        if size + persona.limits.hard_tokens > context:
+            what = f"The prompt of {persona.id} has {size} tokens before anybody spoke; the base holds {context}."
+            library.reject(persona.id, ContextOverflow(what, "Shorten bio, examples, or knowledge without 'when'."))
+    return notes
 
 
 def _unreadable(persona: Persona, error: Exception) -> AdapterIncompatible:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
-from npc_runtime.persona import Context
+from npc_runtime.prompt import Context
 
 __all__ = [
     "CAPS",

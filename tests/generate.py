@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from npc_runtime import errors
 from npc_runtime import protocol as wire
-from npc_runtime.persona import Context
+from npc_runtime.prompt import Context
 
 ROOT = Path(__file__).parent.parent
 

@@ -3,7 +3,8 @@
 import pytest
 
 from npc_runtime.errors import PersonaInvalid, PersonaUnknown
-from npc_runtime.persona import Context, Library, Persona, shipped_personas
+from npc_runtime.persona import Library, Persona, shipped_personas
+from npc_runtime.prompt import Context
 
 
 def guard(**fields):
