@@ -10,6 +10,7 @@ import base64
 import binascii
 import io
 import json
+import math
 import re
 import zipfile
 import zlib
@@ -27,6 +28,7 @@ MAX_FILE = 64 << 20
 MAX_JSON = 8 << 20
 MAX_DEPTH = 64
 MAX_VALUES = 200_000
+MAX_PICTURE = 16 << 20
 MAX_DIRECTORY = 1 << 20  # of a zip: its list of contents, which is held in memory
 KEYWORDS = ("ccv3", "chara")
 
@@ -74,20 +76,21 @@ def parse_card_file(data: bytes, name: str) -> CardFile:
 
 
 def parse_json(data: bytes, name: str) -> Json:
-    """Read a JSON object, its size, depth and number of values bounded before anything is built. Raises `CardInvalid`."""
+    """Read a JSON object; size, depth and number of values are bounded before any is built. Raises `CardInvalid`."""
     if len(data) > MAX_JSON:
         raise CardInvalid(f"{name}: the card has more than {MAX_JSON >> 20} MiB of JSON.", "Take pictures out of it.")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CardInvalid(f"{name}: byte {error.start} is not UTF-8 text.", "Name a card: .json, .png or .charx.") from error
+        what = f"{name}: byte {error.start} is not UTF-8 text."
+        raise CardInvalid(what, "Name a card: .json, .png or .charx.") from error
     _check_shape(data, name)
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
         where = f"{name}, line {error.lineno}, column {error.colno}"
-        what = error.msg[:1].lower() + error.msg[1:]
-        raise CardInvalid(f"{where}: this is not JSON: {what}.", "Save it as JSON again, or get the file again.") from error
+        what = f"{where}: this is not JSON: {error.msg[:1].lower()}{error.msg[1:]}."
+        raise CardInvalid(what, "Save it as JSON again, or get the file again.") from error
     except (ValueError, RecursionError) as error:
         raise CardInvalid(f"{name}: this is not JSON: {str(error)[:100]}.", "Write a plain number.") from error
     if not isinstance(value, dict):
@@ -143,7 +146,8 @@ def _decode(text: bytes, where: str) -> bytes:
     try:
         return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except binascii.Error as error:
-        raise CardInvalid(f"{where} is not base64.", "Get the file again, or export it again where it was made.") from error
+        remedy = "Get the file again, or export it again where it was made."
+        raise CardInvalid(f"{where} is not base64.", remedy) from error
 
 
 def _parse_charx(data: bytes, name: str) -> CardFile:
@@ -153,8 +157,9 @@ def _parse_charx(data: bytes, name: str) -> CardFile:
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
             if "card.json" not in names:
                 raise CardInvalid(f"{name} is a zip file without card.json in it.", "Name a CHARX file, or unpack it.")
-            with archive.open("card.json") as file:
-                card = file.read(MAX_JSON + 1)
+            document = parse_json(_unpack(archive, "card.json", MAX_JSON), f"{name}, card.json")
+            icon = _find_icon(document)
+            picture = _unpack(archive, icon, MAX_PICTURE) if icon in names else b""
     except CardInvalid:
         raise
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
@@ -162,7 +167,31 @@ def _parse_charx(data: bytes, name: str) -> CardFile:
     except (NotImplementedError, RuntimeError, ValueError, LookupError) as error:  # encrypted, or packed otherwise
         raise CardInvalid(f"{name}: this zip file cannot be unpacked: {str(error)[:100]}.", remedy) from error
     others = tuple(other for other in names if other != "card.json")
-    return CardFile(parse_json(card, f"{name}, card.json"), others=others)
+    return CardFile(document, picture if picture.startswith(SIGNATURE) and _is_whole(picture) else None, others)
+
+
+def _unpack(archive: zipfile.ZipFile, name: str, max_bytes: int) -> bytes:
+    """A file of a zip, and at most one byte more than it may have."""
+    with archive.open(name) as file:
+        return file.read(max_bytes + 1)
+
+
+def _find_icon(document: Json) -> str:
+    """Where a CHARX has the card's own picture, by its list of assets; "" where that does not say."""
+    data = document.get("data")
+    assets = data.get("assets") if isinstance(data, dict) else None
+    for asset in assets if isinstance(assets, list) else ():
+        is_icon = isinstance(asset, dict) and (asset.get("type"), asset.get("name")) == ("icon", "main")
+        if is_icon and isinstance(uri := asset.get("uri"), str) and uri.startswith("embeded://"):
+            return uri.removeprefix("embeded://")
+    return ""
+
+
+def _is_whole(picture: bytes) -> bool:
+    try:
+        return bool(read_chunks(picture))
+    except PngError:
+        return False
 
 
 def _plain_zip(data: bytes, name: str) -> bytes:
@@ -186,6 +215,13 @@ def _check_shape(data: bytes, name: str) -> None:
         depth += 1 if sign in b"[{" else -1
         if depth > MAX_DEPTH:
             raise CardInvalid(f"{name}: lists and objects are nested too deeply.", f"The limit is {MAX_DEPTH}.")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"{digits[:40]} is too large a number")
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -50,7 +50,7 @@ def read_chunks(data: bytes) -> list[Chunk]:
     at = len(SIGNATURE)
     while not chunks or chunks[-1].kind != b"IEND":
         if len(chunks) >= MAX_CHUNKS:
-            raise PngError(f"the file has more than {MAX_CHUNKS:,} chunks", "Save the picture again in a picture editor.")
+            raise PngError(f"the file has more than {MAX_CHUNKS:,} chunks", "Save it again in a picture editor.")
         if at + FRAME > len(data):
             raise PngError(f"the file ends at byte {len(data)}, before its last chunk")
         length = int.from_bytes(view[at : at + 4], "big")
@@ -86,7 +86,7 @@ def find_text(chunks: Sequence[Chunk], keyword: str, *, max_bytes: int) -> bytes
         if (chunk.keyword or "").lower() == keyword:
             text = _text_of(chunk, max_bytes)
             if len(text) > max_bytes:
-                raise PngError(f"the text '{keyword}' has more than {max_bytes:,} bytes", "Remove what makes it so large.")
+                raise PngError(f"the text '{keyword}' has more than {max_bytes:,} bytes", "Take pictures out of it.")
             return text
     return None
 
