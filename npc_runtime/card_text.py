@@ -151,7 +151,7 @@ def _read_turns(block: str, whose: dict[str, str]) -> list[tuple[str, str]]:
         if speaker and not (turns and turns[-1][0] == speaker):
             turns.append((speaker, [rest]))
         elif turns:
-            turns[-1][1].append(rest if speaker else line)
+            turns[-1][1].append(rest.strip() if speaker else line)
         elif line.strip():
             turns.append(("", [line]))
     return [(speaker, "\n".join(lines).strip()) for speaker, lines in turns]

@@ -28,7 +28,7 @@ from npc_runtime.card_text import (
     make_id,
     read_dialogue,
 )
-from npc_runtime.document import MAX_BYTES, write_document
+from npc_runtime.document import MAX_BYTES
 from npc_runtime.errors import CardInvalid
 from npc_runtime.lorebook import EXTENSION, Lore, read_book
 from npc_runtime.persona import Persona
@@ -73,6 +73,7 @@ MAX_KEPT, MAX_KEPT_DEPTH = 4_000, 6  # of one value in `card`: characters of JSO
 MANY_WORDS = 400
 
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_/.-]{0,63}")
+_ESCAPED = re.compile(r"[\U00010000-\U0010ffff]")
 _MARKS = ("description", "personality", "scenario", "first_mes", "mes_example")
 
 
@@ -300,7 +301,7 @@ class _Reader:
     def shrink(self) -> None:
         """Leave out the end of whatever is largest until the persona file is small enough to be read."""
         before = {name: _size(value) for name, value in self.fields.items()}
-        while _is_large(self.fields):
+        while _most_in_file(self.fields) > MAX_FILE:
             name = max(self.fields, key=lambda name: _size(self.fields[name]))
             value = self.fields[name]
             if isinstance(value, str):
@@ -344,12 +345,13 @@ def _can_keep(value: Any, max_chars: int, *, depth: int) -> bool:
     return True
 
 
-def _is_large(fields: Mapping[str, Any]) -> bool:
-    """Whether a persona file would be; it is written only where that is in doubt."""
-    size = _size(fields)
-    return size > MAX_FILE or (size > MAX_FILE // 6 and len(write_document(fields)) > MAX_FILE)
+def _most_in_file(fields: Mapping[str, Any]) -> int:
+    """Bytes of a persona file at most: as JSON, an indentation for every line and value, and escaped characters."""
+    text = json.dumps(fields, ensure_ascii=False)
+    num_indented = text.count("\\n") + text.count(",") + text.count("{") + text.count("[")
+    return len(text.encode()) + 8 * num_indented + 6 * len(_ESCAPED.findall(text))
 
 
 def _size(value: Any) -> int:
-    """Bytes of a value as JSON; a YAML file needs about as many, and at worst six times."""
-    return len(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    """Characters of a value as JSON."""
+    return len(json.dumps(value, ensure_ascii=False))

@@ -32,6 +32,9 @@ _ALL_SAID = re.compile(rf"\(({_SAID}(?: or {_SAID})*)\) and \(({_SAID}(?: or {_S
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)" in said')
 
 
+_KNOWN: Mapping[str, Any] = {"text": "", "when": "", "notes": "", "priority": 0}
+
+
 class Lore(NamedTuple):
     """An entry that became knowledge: its position in the book, and the fields of a `Knowledge`."""
 
@@ -119,8 +122,7 @@ def _read_entry(entry: Mapping[str, Any], taken: set[str], remarks: list[str]) -
         remarks.append(f"{len(text):,} characters; the first {MAX_TEXT:,} are used")
     if others := sorted(f"@@{name}" for name in decorators if name not in _FOLLOWED):
         remarks.append(f"{', '.join(others)[:200]}: not followed")
-    label = as_text(entry.get("name")) or as_text(entry.get("comment")) or "".join(_keys(entry)[:1])
-    knowledge: dict[str, Any] = {"id": _own_id(make_id(label, "lore"), taken), "text": cut_text(text, MAX_TEXT)}
+    knowledge: dict[str, Any] = {"id": _own_id(_made_id(entry), taken), "text": cut_text(text, MAX_TEXT)}
     priority = entry.get("priority")
     is_priority = type(priority) is int and 0 < abs(priority) <= MAX_PRIORITY
     optional = {
@@ -209,6 +211,12 @@ def _number(value: Any) -> float:
     return max(-1e9, min(1e9, value)) if isinstance(value, (int, float)) else 0.0
 
 
+def _made_id(entry: Mapping[str, Any]) -> str:
+    """An id made from an entry's name, comment or first key."""
+    label = as_text(entry.get("name")) or as_text(entry.get("comment")) or "".join(_keys(entry)[:1])
+    return make_id(label, "lore")
+
+
 def _own_id(wanted: str, taken: set[str]) -> str:
     """An id that no other entry has."""
     own, number = wanted, 1
@@ -224,6 +232,8 @@ def _write_entry(old: Any, before: Lore | None, now: Knowledge) -> dict[str, Any
     fresh = {"name": now.id, "extensions": {}, "enabled": True, "use_regex": False}
     entry = dict(old) if isinstance(old, dict) else fresh
     was = before.knowledge if before else {}
+    if before and all(getattr(now, name) == was.get(name, default) for name, default in _KNOWN.items()):
+        return entry
     if now.text != was.get("text"):
         entry["content"] = now.text
     if now.notes != was.get("notes", ""):
@@ -232,6 +242,8 @@ def _write_entry(old: Any, before: Lore | None, now: Knowledge) -> dict[str, Any
         entry["priority"] = now.priority
     if before is None or now.when != was.get("when", ""):
         _write_condition(entry, now.when)
+    if _made_id(entry) != now.id:
+        entry["name"] = now.id
     return entry
 
 
