@@ -25,6 +25,7 @@ _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 _ESCAPED = re.compile(r"[^\n\x20-\x7e\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]|[\u2028\u2029]|\n\Z")
+_HALF = re.compile(r"[\ud800-\udfff]")  # of a surrogate pair; it can never be sent
 _PLAIN = re.compile(r"\w[^?]*\Z")  # ruamel reads fewer texts without quotes than it writes
 _NO_BLOCK = re.compile(r"[ \t]\n|\A\s|[^\S\n]\Z")  # what a block text does not give back
 _COMMENT = re.compile(r"#|$")  # at the start of a line
@@ -162,6 +163,9 @@ class _Reader:
         """Put a value where the file has it; returns its path."""
         if len(self.lines) >= MAX_VALUES:
             raise DocumentError("the file has too many values", f"The limit is {MAX_VALUES}.", line)
+        if text is not None and _HALF.search(text):
+            names = [str(each) for each in (*self._open[-1].path, self._open[-1].key)] if self._open else []
+            raise DocumentError(f"{'.'.join(names)}: half of a character", "Write the character itself.", line)
         if not self._open:
             self.value = value
             self.lines[()] = line

@@ -347,8 +347,14 @@ def _parse(folder: Path, data: bytes) -> _Reading:
             field = ".".join(str(part)[:64] for part in each["loc"]) or "the document"
             reason = find_reason(each).removesuffix(".")
             problems.append((_line_of(document, each), f"{field}: {reason}", find_remedy(each, Persona)))
-    problems.sort(key=lambda problem: problem[0])
-    return _Reading(persona, [PersonaInvalid(f"{path}, line {line}: {what}.", how) for line, what, how in problems])
+    problems.sort(key=lambda problem: (problem[0], "is missing" in problem[1]))  # what is misspelled comes first
+    return _Reading(persona, [_invalid(f"{path}, line {line}: {what}.", how) for line, what, how in problems])
+
+
+def _invalid(what: str, remedy: str) -> PersonaInvalid:
+    """A problem in words that can be sent: what a file says may be half a character."""
+    what, remedy = (text.encode(errors="backslashreplace").decode() for text in (what, remedy))
+    return PersonaInvalid(what, remedy)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -365,7 +371,7 @@ def _read_document(path: Path, data: bytes) -> Document:
         return read_document(data)
     except DocumentError as error:
         where = f"{path}, line {error.line}" if error.line else f"{path}"
-        raise PersonaInvalid(f"{where}: {error.what}.", error.remedy) from error
+        raise _invalid(f"{where}: {error.what}.", error.remedy) from error
 
 
 def _line_of(document: Document, error: ErrorDetails) -> int:

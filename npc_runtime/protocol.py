@@ -301,7 +301,7 @@ class Welcome(Message):
 
 
 class AcceptedItem(Message):
-    """Whether one line was taken."""
+    """Whether one line was taken. `message` of a queued one says what its prompt had no room for."""
 
     line: Any = None
     status: Literal["queued", "rejected"]

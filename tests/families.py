@@ -156,3 +156,39 @@ def _sentencepiece():
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
+
+
+SPEAKER = {
+    "schema": 1,
+    "id": "odo",
+    "display_name": "Odo",
+    "bio": "The innkeeper of the Lantern",
+    "personality": "Nervous.",
+    "speech_style": "Hurried!",
+    "scenario": "The taproom, late",
+    "goals": ["to sell the last barrel", "peace"],
+    "knows": [
+        {"id": "mill", "text": "The mill is empty"},
+        {"id": "king", "text": "{{char}} saw the king fall", "when": 'king == "dead"'},
+        {"id": "feast", "text": "There will be a feast", "when": 'king != "dead"'},
+        {"id": "road", "text": "The road is closed.", "when": '"road" in said', "priority": 5},
+    ],
+    "never_says": ["okay"],
+    "guardrails": {"avoid": ["dice"], "stay_in_character": True},
+    "examples": [{"player": "Hello, {{char}}.", "npc": "Oh! Hello, {{user}}."}],
+    "locale": "de-AT",
+    "post_history_instructions": "Be brief",
+}
+
+
+def speak(tokenizer):
+    """One line of a persona with everything: two earlier turns, context, facts."""
+    from npc_runtime.persona import Persona
+    from npc_runtime.prompt import Context
+
+    history = [{"role": "user", "content": "Is the road open?"}, {"role": "assistant", "content": "I think so."}]
+    context = Context(scene="The taproom", mood="tense", nearby=("Brom",), facts=("It rains",))
+    persona = Persona.model_validate(SPEAKER)
+    return tokenizer.render(
+        persona.messages(history, "Which road?", speaker="Ada", context=context, facts={"king": "dead"})
+    )
