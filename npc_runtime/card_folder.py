@@ -117,12 +117,17 @@ def _merge(old: Persona, fields: dict[str, object]) -> Persona:
 
 
 def _write(folder: Path, persona: Persona, files: dict[str, bytes]) -> None:
-    """Write all files, persona.yaml last: without it the folder is no persona."""
+    """Write all files: a new persona.yaml last, for only that makes the folder a persona; one that is there first,
+    since it may not be writable.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if is_there := (folder / FILE_NAME).exists():
+            persona.save(folder)
         for name, data in files.items():
             _replace_file(folder / name, data)
-        persona.save(folder)
+        if not is_there:
+            persona.save(folder)
     except OSError as error:
         raise StartupError(f"{folder} cannot be written: {error.strerror}.", "Choose another --personas.") from error
 
