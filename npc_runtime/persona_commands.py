@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from npc_runtime.card_commands import persona_export, persona_import
 from npc_runtime.engine.embedded import EMBEDDED_BASE
 from npc_runtime.errors import ContextOverflow, PersonaInvalid, StartupError
 from npc_runtime.options import AsJson, Base, Personas, default_personas, prepare_process
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["persona_app"]
 
-persona_app = typer.Typer(help="Make, check, list, show and render personas.", no_args_is_help=True)
+persona_app = typer.Typer(help="Make, check, list, show, render, import and export personas.", no_args_is_help=True)
+persona_app.command("import")(persona_import)
+persona_app.command("export")(persona_export)
 
 PersonaId = Annotated[str, typer.Argument(metavar="ID")]
 
