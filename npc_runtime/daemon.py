@@ -7,6 +7,7 @@ import secrets
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -35,6 +36,7 @@ from npc_runtime.loading import (
 )
 from npc_runtime.persona import Library
 from npc_runtime.protocol import PROTOCOL_VERSION, BaseModelInfo
+from npc_runtime.reload import PersonaWatch
 from npc_runtime.server import NpcServer
 from npc_runtime.session import DaemonInfo
 
@@ -72,6 +74,7 @@ def _load_and_serve(
 ) -> Handover | None:
     """Serve on the port that was taken over, or on a new one; returns what the next process takes over, if any."""
     torch.set_num_threads(settings.threads or choose_threads())
+    loaded_at = time.time()
     library = load_library(settings.personas)
     if settings.host not in LOOPBACK and not settings.needs_token:
         raise StartupError(f"--no-auth is refused on {settings.host}.", "Only loopback may go without a token.")
@@ -89,7 +92,7 @@ def _load_and_serve(
         adapters = make_store(base.decoder.shape, base.device, config)
         load_adapters(adapters, library, base.info.name)
         config = fit_gpu(settings, base, adapters, config)
-        return asyncio.run(_serve(settings, handover, base, library, adapters, config, progress))
+        return asyncio.run(_serve(settings, handover, base, library, adapters, config, progress, loaded_at))
 
 
 async def _serve(
@@ -100,6 +103,7 @@ async def _serve(
     adapters: AdapterStore,
     config: EngineConfig,
     progress: Callable[[], AbstractContextManager[OnProgress]],
+    loaded_at: float,
 ) -> Handover | None:
     asked, over = asyncio.Event(), asyncio.Event()  # to stop; for that or another reason
     loop = asyncio.get_running_loop()
@@ -143,7 +147,16 @@ async def _serve(
         "%s on %s, %d personas; ws://%s:%d/v1; token and port in %s; Ctrl-C stops",
         *(base.info.name, base.device.name, len(library), settings.host, port, path),
     )
+    watch = PersonaWatch(
+        library,
+        settings.personas,
+        loaded_at=loaded_at,
+        replace_adapter=server.replace_adapter,
+        announce=server.announce,
+    )
+    watch.start()
     await over.wait()
+    await watch.close()
     successor = None
     try:
         if engine.has_died and not asked.is_set():

@@ -23,6 +23,7 @@ from npc_runtime.persona import Library, Persona
 __all__ = [
     "LoadedBase",
     "Settings",
+    "adapter_parts",
     "check_personas",
     "fit_gpu",
     "load_adapters",
@@ -190,7 +191,13 @@ def make_store(shape: ModelShape, device: Device, config: EngineConfig) -> Adapt
         max_pages=config.max_adapter_pages,
         max_pool_bytes=config.adapter_pool_bytes,
         max_host_bytes=config.adapter_host_bytes,
+        spare_pages=config.spare_adapter_pages,
     )
+
+
+def adapter_parts(persona: Persona) -> list[tuple[Path, float]]:
+    """Folders and scales of a persona's adapters."""
+    return [(persona.folder / ref.path, ref.scale) for ref in persona.adapter]
 
 
 def load_adapters(store: AdapterStore, library: Library, base_name: str) -> dict[str, str]:
@@ -204,7 +211,7 @@ def load_adapters(store: AdapterStore, library: Library, base_name: str) -> dict
             notes[persona.id] = "prompt only"
             continue
         try:
-            pages = store.add(persona.id, [(persona.folder / ref.path, ref.scale) for ref in persona.adapter])
+            pages = store.add(persona.id, adapter_parts(persona))
         except Exception as error:  # files come from anywhere; whatever is wrong is this persona's problem alone
             problem = error if isinstance(error, WireError) else _unreadable(persona, error)
             library.reject(persona.id, problem)

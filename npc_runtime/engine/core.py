@@ -1,7 +1,7 @@
 """The data that flows through the engine: requests, sequences, events and the configuration. No torch."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
 from typing import Literal
 
@@ -52,6 +52,7 @@ class EngineConfig:
     max_step_tokens: int = 512
     max_waiting: int = 1_024
     max_adapter_pages: int = 64
+    spare_adapter_pages: int = 2  # for adapters that are new or replaced while the old ones still speak
     adapter_pool_bytes: int = 2 << 30  # pages on the device
     adapter_host_bytes: int = 2 << 30  # copies in main memory
     ageing_s: float = 2.0  # waiting so long raises a line by one priority
@@ -128,6 +129,13 @@ class Sequence:
     def max_tokens(self) -> int:
         """The most KV slots this line can ever need; the last sampled token is never fed back."""
         return len(self.request.prompt_ids) + self.request.sampling.max_tokens - 1
+
+    def use_adapter(self, name: str, cache_key: str) -> None:
+        """Compute it with another adapter from the start; it holds no blocks and no adapter."""
+        assert not self.blocks
+        self.request = replace(self.request, adapter=name, cache_key=cache_key)
+        self.block_keys = []
+        self.is_promised = False
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids `[start, stop)` of prompt and reply."""
