@@ -42,15 +42,15 @@ class StepBar:
         self._progress = progress
         self._label = label
         self._task = progress.add_task(label, total=None, note="", left="")
-        self._has_said_how_long = False
+        self._num_seen = 0
 
     def step(self, done: int, total: int, note: str, seconds_left: float) -> None:
         """So many of all steps are done."""
         left = f"{seconds_left / 60:.0f} min left" if seconds_left > 90 else f"{seconds_left:.0f} s left"
         self._progress.update(self._task, completed=done, total=total, note=note, left=left)
-        if not self._has_said_how_long and done < total and not self._console.is_terminal:
+        self._num_seen += 1
+        if self._num_seen == 3 and not self._console.is_terminal:  # the first steps say little of the others
             self.say(f"{self._label}: {total} steps, {left}")
-        self._has_said_how_long = True
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -16,7 +16,9 @@ import os
 import random
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,12 +114,18 @@ def train_persona(
         on_note(f"there is no heldout.jsonl: {len(heldout)} of {len(train) + len(heldout)} lines are held out")
     device = choose_device("auto")
     target = out or persona.folder / "adapter"
+    target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(target.name + ".unfinished")
     identity = _identify(recipe, base_name, base, device, train, heldout)
     state = None if restart else _find_state(unfinished, identity, on_note)
+
+    def save() -> None:
+        with _writing(unfinished):
+            save_state(unfinished, run.state, identity)
+
     try:
         run = _Run(base, device, recipe, state)
-        epochs = run.finish(train, heldout, lambda: save_state(unfinished, run.state, identity), on_step, on_epoch)
+        epochs = run.finish(train, heldout, save, on_step, on_epoch)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise StartupError(
             f"There is no memory to train this base on {device.name}.", "Train a smaller one, or with shorter lines."
@@ -125,9 +133,21 @@ def train_persona(
     if not run.state.best:
         unfinished.unlink(missing_ok=True)
         raise StartupError("The loss was never a number.", "Look for odd lines, or lower --learning-rate.")
-    _install(target, run.state, _peft_config(run.model, base_name), {"recipe": asdict(recipe), "base": base_name})
+    with _writing(target):
+        about = {"recipe": asdict(recipe), "base": base_name}
+        _install(target, run.state, _peft_config(run.model, base_name), about)
     unfinished.unlink(missing_ok=True)
     return epochs
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StartupError(f"{target} cannot be written ({error}).", "Make room, or name another --out.") from error
 
 
 class _Run:
@@ -224,11 +244,13 @@ class _Clock:
     def tick(self, state: TrainingState) -> float:
         """Count a step; returns the seconds that are left."""
         now = time.monotonic()
+        if self._steps == 1:
+            self._seconds = 0.0  # the first one took many times as long: everything happened for the first time
         self._seconds += now - self._last
         self._steps += 1
         state.seconds += now - self._last
         self._last = now
-        return self._seconds / self._steps * (self._num_steps - state.step)
+        return self._seconds / max(self._steps - 1, 1) * (self._num_steps - state.step)
 
     def is_time_to_save(self) -> bool:
         return time.monotonic() - self._saved_at > max(SAVE_EVERY_S, SAVE_SHARE * self._save_s)
@@ -311,7 +333,9 @@ def _load_model(base: Path, device: Device, recipe: Recipe) -> Any:
     """The base with a fresh adapter, in what the device computes best; the adapter itself is float32."""
     import peft
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # ours is on the same terminal
     torch.manual_seed(recipe.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=device.dtype).to(device.torch_device)
     config = peft.LoraConfig(
@@ -321,7 +345,9 @@ def _load_model(base: Path, device: Device, recipe: Recipe) -> Any:
         target_modules=list(TARGETS),
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 on transformers 5.23; nobody here can act on it
+        return peft.get_peft_model(model, config)
 
 
 def _identify(
