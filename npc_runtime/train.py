@@ -12,9 +12,7 @@ learning rate are functions of the seed and the step. So a run that was stopped 
 import hashlib
 import json
 import math
-import os
 import random
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +25,7 @@ import torch
 from torch import Tensor
 
 from npc_runtime import __version__
+from npc_runtime.adapter_folder import install_adapter, peft_config, round_adapter
 from npc_runtime.engine.checkpoints import read_scheme
 from npc_runtime.engine.device import Device, choose_device
 from npc_runtime.engine.model import ModelShape
@@ -134,8 +133,8 @@ def train_persona(
         unfinished.unlink(missing_ok=True)
         raise StartupError("The loss was never a number.", "Look for odd lines, or lower --learning-rate.")
     with _writing(target):
-        about = {"recipe": asdict(recipe), "base": base_name}
-        _install(target, run.state, _peft_config(run.model, base_name), about)
+        log = {"recipe": asdict(recipe), "base": base_name, "epochs": [asdict(epoch) for epoch in epochs]}
+        install_adapter(target, run.state.best, peft_config(run.model, base_name), log)
     unfinished.unlink(missing_ok=True)
     return epochs
 
@@ -210,7 +209,7 @@ class _Run:
         measured = measure_loss(self.model, heldout)
         kept = measured < state.best_loss
         if kept:
-            state.best = _round_adapter(self.model)
+            state.best = round_adapter(self.model)
         state.epochs.append(Epoch(number, sum(state.losses) / len(state.losses), measured, kept))
         state.losses = []
 
@@ -376,38 +375,3 @@ def _find_state(path: Path, identity: dict[str, Any], on_note: Callable[[str], N
     elif found.obstacle is not None:
         on_note(f"starting anew, a run that was stopped is not this one: {found.obstacle}")
     return found.state
-
-
-def _round_adapter(model: Any) -> dict[str, Tensor]:
-    """The adapter in bfloat16, as it will be saved; the training weights stay as they are."""
-    from peft import get_peft_model_state_dict
-
-    tensors = get_peft_model_state_dict(model)
-    return {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
-
-
-def _peft_config(model: Any, base_name: str) -> dict[str, Any]:
-    """What PEFT itself writes, without what differs between two equal runs: the machine's path, the order of a set."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.peft_config["default"].save_pretrained(folder)
-        config: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    return {**config, "base_model_name_or_path": base_name, "target_modules": sorted(TARGETS)}
-
-
-def _install(target: Path, state: TrainingState, config: dict[str, Any], about: dict[str, Any]) -> None:
-    """Write all files beside those that are there, then put them in their place, the weights last."""
-    from safetensors.torch import save_file
-
-    target.mkdir(parents=True, exist_ok=True)
-    log = {**about, "epochs": [asdict(epoch) for epoch in state.epochs]}
-    names = ("training.json", "adapter_config.json", "adapter_model.safetensors")
-    fresh = [target / f"{name}.new" for name in names]
-    _write_json(fresh[0], log)
-    _write_json(fresh[1], config)
-    save_file(state.best, str(fresh[2]), metadata={"format": "pt"})
-    for path, name in zip(fresh, names, strict=True):
-        os.replace(path, target / name)
-
-
-def _write_json(path: Path, document: Any) -> None:
-    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -76,6 +76,7 @@ LAYERS = [
     "npc_runtime.daemon",
     "npc_runtime.training_lines",
     "npc_runtime.training_state",
+    "npc_runtime.adapter_folder",
     "npc_runtime.train",
     "npc_runtime.console",
     "npc_runtime.demo",

@@ -13,7 +13,7 @@ from conftest import MS
 from test_training_lines import exchanges
 from tiny import SIZES, make_model
 
-from npc_runtime import train
+from npc_runtime import adapter_folder, train
 from npc_runtime.errors import PersonaInvalid, StartupError
 from npc_runtime.persona import Persona
 from npc_runtime.train import Recipe, train_persona
@@ -171,7 +171,7 @@ def test_an_error_leaves_the_adapter_that_is_there(folder, base, whole, monkeypa
     def fail(*_, **__):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(train, "_write_json", fail)
+    monkeypatch.setattr(adapter_folder, "_write_json", fail)
     with pytest.raises(StartupError, match="cannot be written"):
         run(folder, base, recipe=Recipe(epochs=1, batch_size=8))
     assert read(folder) == whole
