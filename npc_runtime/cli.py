@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,9 @@ from npc_runtime.engine.embedded import EMBEDDED_BASE, ensure_embedded_base
 from npc_runtime.errors import EngineDied, NpcError
 from npc_runtime.options import AsJson, Base, Personas, default_personas, prepare_process
 from npc_runtime.persona_commands import persona_app
+
+if TYPE_CHECKING:
+    from npc_runtime.train import Epoch
 
 __all__ = ["main"]
 
@@ -259,32 +262,49 @@ def quantize_base(
 
 @app.command()
 def train(
-    folder: Annotated[Path, typer.Argument(help="The persona's folder, with lines.jsonl and heldout.jsonl.")],
+    folder: Annotated[Path, typer.Argument(help="The persona's folder, with lines.jsonl and perhaps heldout.jsonl.")],
     base: Base = EMBEDDED_BASE,
+    rank: Annotated[int, typer.Option(min=1, max=64, help="Twice as many make the adapter twice as large.")] = 8,
     epochs: Annotated[int, typer.Option(min=1, max=100)] = 3,
+    learning_rate: Annotated[float, typer.Option(min=1e-6, max=1e-1)] = 5e-4,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="The adapter's folder; default: 'adapter' in the persona's.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of where a run was stopped.")] = False,
 ) -> None:
-    """Train a persona's adapter; the epoch with the lowest held-out loss is kept."""
-    from npc_runtime.console import progress_bars, stderr
+    """Train a persona's adapter, the epoch with the lowest held-out loss; a run that was stopped goes on."""
+    from npc_runtime.console import progress_bars, stderr, step_bar
     from npc_runtime.engine.weights import resolve_base
     from npc_runtime.persona import Persona
     from npc_runtime.train import Recipe, train_persona
 
     prepare_process()
     persona = Persona.load(folder.resolve())
-    with progress_bars(stderr()) as report:
+    target = (out or persona.folder / "adapter").resolve()
+    chatter = stderr()
+    with progress_bars(chatter) as report:
         path = resolve_base(base, report)
-        label = f"training {persona.id}"
+    with step_bar(chatter, f"training {persona.id}") as bar:
         results = train_persona(
             persona,
             path,
             base_name=base if base == EMBEDDED_BASE else path.resolve().name,
-            recipe=Recipe(epochs=epochs, seed=seed),
-            on_step=lambda step, steps, _: report(label, step / steps),
+            recipe=Recipe(rank=rank, epochs=epochs, learning_rate=learning_rate, seed=seed),
+            out=target,
+            restart=restart,
+            on_step=lambda done: bar.step(done.step, done.num_steps, f"loss {done.loss:.2f}", done.seconds_left),
+            on_epoch=lambda epoch: bar.say(_describe_epoch(epoch)),
+            on_note=bar.say,
         )
     for epoch in results:
-        kept = "  kept" if epoch.kept else ""
-        typer.echo(f"epoch {epoch.number}: train {epoch.train:.3f}, held-out {epoch.heldout:.3f}{kept}")
+        typer.echo(_describe_epoch(epoch))
+    if all((persona.folder / ref.path).resolve() != target for ref in persona.adapter):
+        hint = f"adapter: {Path(os.path.relpath(target, persona.folder)).as_posix()}"
+        chatter.print(f"{persona.folder / 'persona.yaml'} does not use it yet; add: {hint}")
+
+
+def _describe_epoch(epoch: "Epoch") -> str:
+    kept = "  kept" if epoch.kept else ""
+    return f"epoch {epoch.number}: train {epoch.train:.3f}, held-out {epoch.heldout:.3f}{kept}"
 
 
 def main() -> None:

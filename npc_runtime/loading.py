@@ -31,6 +31,7 @@ from npc_runtime.persona import Library, Persona
 __all__ = [
     "LoadedBase",
     "Settings",
+    "adapter_parts",
     "check_personas",
     "find_context",
     "fit_gpu",
@@ -216,7 +217,13 @@ def make_store(shape: ModelShape, device: Device, config: EngineConfig, folder: 
         max_host_bytes=config.adapter_host_bytes,
         max_rank=config.max_adapter_rank,
         base=None if folder is None else partial(dense_weights, folder),
+        spare_pages=config.spare_adapter_pages,
     )
+
+
+def adapter_parts(persona: Persona) -> list[tuple[Path, float]]:
+    """Folders and scales of a persona's adapters."""
+    return [(persona.folder / ref.path, ref.scale) for ref in persona.adapter]
 
 
 def load_adapters(store: AdapterStore, library: Library, base_name: str) -> dict[str, str]:
@@ -230,7 +237,7 @@ def load_adapters(store: AdapterStore, library: Library, base_name: str) -> dict
             notes[persona.id] = "prompt only"
             continue
         try:
-            pages = store.add(persona.id, [(persona.folder / ref.path, ref.scale) for ref in persona.adapter])
+            pages = store.add(persona.id, adapter_parts(persona))
         except Exception as error:  # files come from anywhere; whatever is wrong is this persona's problem alone
             problem = error if isinstance(error, WireError) else _unreadable(persona, error)
             library.reject(persona.id, problem)

@@ -230,11 +230,20 @@ class Persona(Part):
 
 
 class Library:
-    """The personas of one folder that can speak; those that cannot are kept with the reason, in `problems`."""
+    """The personas of one folder that can speak; those that cannot are kept with the reason, in `problems`.
+
+    `stale` has what is wrong with newer files of a persona that speaks as it was before.
+    """
 
     def __init__(self, personas: Mapping[str, Persona], problems: Mapping[str, WireError]) -> None:
         self._personas = dict(personas)
         self.problems = dict(problems)
+        self.stale: dict[str, WireError] = {}
+
+    @property
+    def authored(self) -> list[Persona]:
+        """Every persona whose file could be read, whether it can speak or not."""
+        return list(self._personas.values())
 
     @classmethod
     def load(cls, folder: Path) -> "Library":
@@ -261,6 +270,21 @@ class Library:
     def reject(self, persona_id: str, problem: WireError) -> None:
         """Keep the persona from speaking, with the reason that lines for it get."""
         self.problems[persona_id] = problem
+
+    def put(self, persona: Persona) -> None:
+        """Let a persona speak, in place of the one with its id if there is one."""
+        self.remove(persona.id)
+        self._personas[persona.id] = persona
+
+    def remove(self, persona_id: str) -> None:
+        """Forget a persona, if it is known."""
+        for known in (self._personas, self.problems, self.stale):
+            known.pop(persona_id, None)
+
+    def object_to(self, persona_id: str, problem: WireError) -> None:
+        """Note what is wrong with a persona's newest files: one that speaks stays as it is."""
+        speaks = persona_id in self._personas and persona_id not in self.problems
+        (self.stale if speaks else self.problems)[persona_id] = problem
 
     def name_of(self, persona_id: str) -> str:
         """The display name of a persona, usable or not."""

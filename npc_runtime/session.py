@@ -177,6 +177,12 @@ class Session:
         self._next_tick = None
         return self._flush(self._lines.values())
 
+    def announce(self, persona_id: str) -> list[Effect]:
+        """A persona's files were saved; nobody asked."""
+        if not self.is_open:
+            return []
+        return [Send(wire.Event(kind="persona.changed", persona=self._persona_info(persona_id)))]
+
     def disconnect(self) -> list[Effect]:
         """The connection is gone: cancel whatever runs; nothing more is sent."""
         self._state = "closed"
@@ -384,17 +390,22 @@ class Session:
         return None if line_id is None else self._lines[line_id]
 
     def _persona_infos(self) -> list[wire.PersonaInfo]:
-        usable = {persona.id: persona for persona in self._library}
-        problems = self._library.problems
-        return [
-            wire.PersonaInfo(
-                id=persona_id,
-                display_name=self._library.name_of(persona_id),
-                adapter=usable[persona_id].adapter_name if persona_id in usable else None,
-                error=error_info(problems.get(persona_id)),
-            )
-            for persona_id in sorted({*usable, *problems})
-        ]
+        ids = {persona.id for persona in self._library} | self._library.problems.keys()
+        return [self._persona_info(persona_id) for persona_id in sorted(ids)]
+
+    def _persona_info(self, persona_id: str) -> wire.PersonaInfo:
+        adapter, problem = None, None
+        try:
+            adapter = self._library.find(persona_id).adapter_name
+        except WireError as error:
+            problem = error
+        return wire.PersonaInfo(
+            id=persona_id,
+            display_name=self._library.name_of(persona_id),
+            adapter=adapter,
+            error=error_info(problem),
+            stale=error_info(self._library.stale.get(persona_id)),
+        )
 
     def _close(self, code: int, reason: str) -> list[Effect]:
         effects = self.disconnect()

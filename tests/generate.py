@@ -51,8 +51,9 @@ Rules: every accepted line gets exactly one `line.end`, and nothing after it; ev
 `accepted` gets exactly one `batch.end`. A line that is not taken says so in `accepted`. Fields that are not listed
 here are ignored; options (the keys of `sampling` and `format`) and enum values that are not listed are refused as
 `invalid`. Deltas are whole characters, numbered per line; `line.end.text` replaces them. Messages and fields that
-`welcome.caps` does not name are refused as `unsupported`. A field that is null may be left out; the daemon leaves
-it out. `line`, `batch` and `id` are the client's: integers up to ±(2^53−1), or strings of 1 to 64 characters.
+`welcome.caps` does not name are refused as `unsupported`. An `event` comes unasked. A field that is null may be left
+out; the daemon leaves it out. `line`, `batch` and `id` are the client's: integers up to ±(2^53−1), or strings of 1 to
+64 characters.
 
 Close codes: 4400 protocol, 4401 token, 4403 origin, 4408 no hello, 4429 too many connections, 1009 frame over
 1 MiB, 1012 the daemon stops.

@@ -82,5 +82,14 @@ SERVER = [
     ),
     wire.BatchEnd(batch="b1", ok=1, failed=1, wall_ms=910.5, forwards=22),
     wire.Reply(re=4, body={"personas": [{"id": "odo", "display_name": "Odo", "adapter": "odo"}]}),
+    wire.Event(
+        kind="persona.changed",
+        persona=wire.PersonaInfo(
+            id="odo",
+            display_name="Odo",
+            adapter="odo",
+            stale=wire.ErrorInfo(code="persona_invalid", message="bio is missing.", hint="Write one."),
+        ),
+    ),
     wire.Error(re=3, code="invalid", message="'sampling.temperature' is invalid.", hint="PROTOCOL.md has the bounds."),
 ]

@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from tiny import SIZES
 
 from npc_runtime.persona import Persona, shipped_personas
 
@@ -228,28 +226,3 @@ def test_render_of_what_does_not_fit_fails_behind_its_report():
     assert done.returncode == 1
     assert "innkeeper" in done.stdout
     assert "do not fit into 40" in done.stderr.splitlines()[-1]
-
-
-def test_training_lowers_the_loss_and_the_result_is_used(make_persona, tmp_path, float_base):
-    """A tiny base with the embedded tokenizer: train through the command, then check the adapter."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    base = tmp_path / "base"
-    LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 49152})).save_pretrained(base)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (base / name).write_bytes((float_base.info.folder / name).read_bytes())
-    persona = make_persona("guard", adapter="adapter")
-    lines = "\n".join(json.dumps({"player": f"Question {n}?", "npc": "Halt. The gate is shut."}) for n in range(24))
-    (persona / "lines.jsonl").write_text(lines)
-    (persona / "heldout.jsonl").write_text(lines.splitlines()[0])
-    done = run("train", str(persona), "--base", str(base), "--epochs", "6")
-    assert done.returncode == 0, done.stderr
-    losses = [float(line.split("held-out ")[1].split()[0]) for line in done.stdout.splitlines()]
-    assert losses[-1] < losses[0] - 0.1
-    log = json.loads((persona / "adapter" / "training.json").read_text())
-    assert [round(epoch["heldout"], 3) for epoch in log["epochs"]] == losses
-    checked = run("persona", "check", "--personas", str(tmp_path / "personas"), "--base", str(base))
-    assert "ok, adapter of rank 8" in checked.stdout
-    config = json.loads((persona / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "base"

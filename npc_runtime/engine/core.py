@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
 from typing import Literal
 
@@ -55,6 +55,7 @@ class EngineConfig:
     max_waiting: int = 1_024
     max_adapter_pages: int = 64
     max_adapter_rank: int = 64  # the kernels go to 128
+    spare_adapter_pages: int = 2  # for adapters that are new or replaced while the old ones still speak
     adapter_pool_bytes: int = 2 << 30  # pages on the device
     adapter_host_bytes: int = 2 << 30  # copies in main memory
     ageing_s: float = 2.0  # waiting so long raises a line by one priority
@@ -156,6 +157,13 @@ class Sequence:
         if self._seen.num_tokens < self.num_tokens:
             self._seen.add(self.tokens(self._seen.num_tokens, self.num_tokens))
         return self._seen.ids
+
+    def use_adapter(self, name: str, cache_key: str) -> None:
+        """Compute it with another adapter from the start; it holds no blocks and no adapter."""
+        assert not self.blocks
+        self.request = replace(self.request, adapter=name, cache_key=cache_key)
+        self.block_keys = []
+        self.is_promised = False
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids `[start, stop)` of prompt and reply."""
