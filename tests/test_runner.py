@@ -121,7 +121,7 @@ def test_a_tape_follows_the_factors(float_base, tmp_path):
 def test_rehearsed_steps_have_the_factors():
     """A step that is recorded without them would never have them."""
     adapters = LoraBatch(torch.zeros(4, 8), (), torch.ones(4, 9))
-    steps = [*rehearse_decode(2, [1, 4], adapters, 16), *rehearse_prefill(512, [1], adapters, 16)]
+    steps = [*rehearse_decode(2, 512, [1, 4], adapters, 16), *rehearse_prefill(512, 512, [1], adapters, 16)]
     with_adapters = [step.lora for step in steps if step.lora is not None]
     assert len(with_adapters) == 12
     assert all(lora.multipliers is adapters.multipliers for lora in with_adapters)
