@@ -43,7 +43,8 @@ SMOLLM3 = (
     "{% if own and '/system_override' in own %}{{ words.replace('/system_override', '').rstrip() }}<|im_end|>\n"
     "{% else %}## Metadata\n\nReasoning Mode: {{ mode }}\n\n## Custom Instructions\n\n{{ words }}\n\n<|im_end|>\n"
     "{% endif %}{% for m in messages if m.role != 'system' %}{% if m.role == 'assistant' and mode == '/no_think' %}"
-    "<|im_start|>assistant\n<think>\n\n</think>\n{{ m.content.lstrip('\n') }}<|im_end|>\n{% else %}"
+    "{%- generation -%}{{ '<|im_start|>assistant\n<think>\n\n</think>\n' + m.content.lstrip('\n') + '<|im_end|>\n' }}"
+    "{%- endgeneration -%}{% else %}"
     + CHATML
     + "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if mode == '/no_think' %}<think>\n\n</think>\n{% endif %}{% endif %}"

@@ -17,7 +17,11 @@ __all__ = ["Markers", "Probe", "find_markers", "probe_template"]
 
 _SYSTEM, _USER, _REPLY, _LAST = "qsystemq", "quserq", "qreplyq", "qlastq"
 _ROLE = re.compile(r"[^\w\s].*|.*[^\w\s]", re.DOTALL)  # begins or ends with a sign: [INST], ### Human, USER:
-_TAKING = {"replace", "split", "rsplit", "strip", "lstrip", "rstrip", "partition", "removeprefix", "removesuffix"}
+_TAKING = re.compile(
+    r"\b(?:replace|split|rsplit|[lr]?strip|partition|rpartition|removeprefix|removesuffix)\s*\(\s*"
+    r"""(["'])((?:\\.|(?!\1).)+)\1""",
+    re.DOTALL,
+)
 
 Apply = Callable[[list[dict[str, str]]], str]
 
@@ -93,17 +97,11 @@ def _role_words(written: str, tokens: set[str]) -> Iterator[str]:
 
 
 def _taken_out(template: str) -> Iterator[str]:
-    """The words that a template may take out of a message: arguments of `replace`, `split` and the like."""
-    import jinja2
-    from jinja2 import nodes
+    """The words that a template may take out of a message: arguments of `replace`, `split` and the like.
 
-    try:
-        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-    except jinja2.TemplateError:  # transformers knows blocks that plain Jinja does not; the probe saw what they write
-        return
-    filters = [(each.name, each.args) for each in tree.find_all(nodes.Filter)]
-    methods = [(getattr(each.node, "attr", ""), each.args) for each in tree.find_all(nodes.Call)]
-    for name, arguments in [*filters, *methods]:
-        for argument in arguments if name in _TAKING else ():
-            if isinstance(argument, nodes.Const) and isinstance(argument.value, str) and len(argument.value) > 1:
-                yield argument.value
+    They are looked for in the text, because templates have blocks that plain Jinja cannot parse (`generation`).
+    """
+    for _, argument in _TAKING.findall(template):
+        word = argument.replace("\\n", "\n").replace("\\", "")
+        if len(word) > 1:
+            yield word
