@@ -92,6 +92,8 @@ def _changes(persona: Persona, original: Card | None) -> list[str]:
 def _report(persona: Persona) -> list[Note]:
     said = persona.to_document()
     notes = [Note(name, f"extensions.{EXTENSION}", "other tools pass it over") for name in OWN_FIELDS if name in said]
+    if persona.speech_style:
+        notes[0] = Note("speech_style", f"personality, extensions.{EXTENSION}")
     if num := sum(1 for entry in persona.knows if not can_be_keys(entry.when)):
         notes.append(
             Note("knows", "character_book", f"{num} conditions that keys cannot say; other tools pass them over")
