@@ -143,7 +143,9 @@ def _read_picture(folder: Path, persona: Persona) -> tuple[bytes, Note]:
     path = folder / PICTURE_NAME
     if path.is_file():
         return _read(path, MAX_PICTURE), Note(PICTURE_NAME, "the picture")
-    return draw_portrait(persona.display_name), Note("the picture", "", f"drawn; put a {PICTURE_NAME} into {folder}")
+    return draw_portrait(persona.display_name), Note(
+        "the picture", "a drawn one", f"put a {PICTURE_NAME} into {folder}"
+    )
 
 
 def _read(path: Path, max_bytes: int) -> bytes:

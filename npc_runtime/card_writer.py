@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from npc_runtime.card_text import Note, write_dialogue
 from npc_runtime.cards import CARD_FIELDS, OWN_FIELDS, PLACED, STRANGER, Card, CardReading
-from npc_runtime.lorebook import EXTENSION, strip_decorators, write_book
+from npc_runtime.lorebook import EXTENSION, can_be_keys, strip_decorators, write_book
 from npc_runtime.persona import Persona
 
 __all__ = ["CardWriting", "convert_card", "write_card"]
@@ -92,7 +92,9 @@ def _changes(persona: Persona, original: Card | None) -> list[str]:
 def _report(persona: Persona) -> list[Note]:
     said = persona.to_document()
     notes = [Note(name, f"extensions.{EXTENSION}", "other tools pass it over") for name in OWN_FIELDS if name in said]
-    if num := sum(1 for entry in persona.knows if entry.condition and not entry.when.endswith(" in said")):
+    if persona.speech_style:
+        notes[0] = Note("speech_style", f"personality, extensions.{EXTENSION}")
+    if num := sum(1 for entry in persona.knows if not can_be_keys(entry.when)):
         notes.append(
             Note("knows", "character_book", f"{num} conditions that keys cannot say; other tools pass them over")
         )

@@ -13,7 +13,7 @@ from npc_runtime.card_text import Note, as_items, as_text, clean_line, clean_tex
 from npc_runtime.condition import MAX_CHARS, ConditionError, parse_condition
 from npc_runtime.schema import Knowledge
 
-__all__ = ["EXTENSION", "Lore", "read_book", "strip_decorators", "write_book"]
+__all__ = ["EXTENSION", "Lore", "can_be_keys", "read_book", "strip_decorators", "write_book"]
 
 EXTENSION = "npc-runtime"
 """Where in `extensions`, of a card or of an entry, this program keeps what cards have no field for."""
@@ -91,6 +91,11 @@ def write_book(book: Any, was: Sequence[Lore], now: Sequence[Knowledge]) -> dict
             entries[index]["insertion_order"] = position
     rest = book if isinstance(book, dict) else {"extensions": {}}
     return {**rest, "entries": [entries[index] for index in sorted(entries)]}
+
+
+def can_be_keys(when: str) -> bool:
+    """Whether an entry can say a condition, so that other tools follow it."""
+    return not when.strip() or bool(_keys_of(when)[0])
 
 
 def strip_decorators(content: str) -> str:

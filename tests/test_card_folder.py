@@ -52,7 +52,7 @@ def test_a_card_comes_back(cards, name, out):
 def test_a_picture_has_the_card_for_old_and_new_readers(cards):
     folder = import_card(cards / "v3.json", cards / "personas").folder
     _, notes = export_card(folder, cards / "out.png")
-    assert any(note.field == "the picture" and "drawn" in note.remark for note in notes)
+    assert any(note.place == "a drawn one" for note in notes)
     chunks = read_chunks((cards / "out.png").read_bytes())
     assert find_text(chunks, "ccv3", max_bytes=9_999)
     only_old = write_chunks(chunk for chunk in chunks if chunk.keyword != "ccv3")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from npc_runtime.lorebook import read_book, strip_decorators, write_book
+from npc_runtime.lorebook import can_be_keys, read_book, strip_decorators, write_book
 from npc_runtime.schema import Knowledge
 
 
@@ -167,6 +167,7 @@ def test_new_knowledge_comes_back_from_its_entry(when, fields):
     assert book["entries"][0].items() >= fields.items()
     (lore,) = read_book(book, [])
     assert Knowledge(**lore.knowledge) == knowledge
+    assert can_be_keys(when) is not when.startswith("quest")
 
 
 def test_a_new_order_is_written():
