@@ -74,6 +74,17 @@ LAYERS = [
     "npc_runtime.handover",
     "npc_runtime.daemon",
     "npc_runtime.train",
+    "npc_runtime.evaluation",
+    "npc_runtime.evaluation.authored",
+    "npc_runtime.evaluation.checks",
+    "npc_runtime.evaluation.cases",
+    "npc_runtime.evaluation.attribution",
+    "npc_runtime.evaluation.losses",
+    "npc_runtime.evaluation.speaking",
+    "npc_runtime.evaluation.report",
+    "npc_runtime.evaluation.tables",
+    "npc_runtime.evaluation.picture",
+    "npc_runtime.evaluate",
     "npc_runtime.console",
     "npc_runtime.demo",
     "npc_runtime.bench",
@@ -103,6 +114,10 @@ WITHOUT_TORCH = [
     "npc_runtime.cli",
     "npc_runtime.demo",
     "npc_runtime.bench",
+    "npc_runtime.evaluation.authored",
+    "npc_runtime.evaluation.checks",
+    "npc_runtime.evaluation.cases",
+    "npc_runtime.evaluation.attribution",
     "npc_runtime.engine.core",
     "npc_runtime.engine.blocks",
     "npc_runtime.engine.pages",
@@ -195,7 +210,7 @@ def test_public_names_are_listed_and_true(name):
     kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     public = {node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")}
     commands = {"serve", "demo", "bench", "persona_list", "persona_check", "persona_render", "train", "quantize_base"}
-    commands |= {"DType", "Quantize"}
+    commands |= {"DType", "Quantize", "Part", "evaluate"}
     assert public - set(listed) <= (commands if name == "npc_runtime.cli" else set())
     for public in listed:
         assert hasattr(module, public)
