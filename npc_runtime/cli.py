@@ -358,7 +358,9 @@ def train(
 
 @app.command()
 def evaluate(
-    only: Annotated[list[str] | None, typer.Argument(metavar="[PERSONAS]...", help="Whom to judge; default: all.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Argument(metavar="[PERSONAS]...", help="Whom to judge; default: all.")
+    ] = None,
     personas: Personas = None,
     base: Base = EMBEDDED_BASE,
     samples: Annotated[int, typer.Option(min=1, max=1_000, help="Generated lines for each persona.")] = 16,
@@ -376,10 +378,13 @@ def evaluate(
     from rich.console import Console
 
     from npc_runtime.console import progress_bars, stderr
-    from npc_runtime.evaluate import Task, evaluate_personas
+    from npc_runtime.evaluate import Task, evaluate_personas, write_results
+    from npc_runtime.evaluation.picture import check_pillow
     from npc_runtime.evaluation.tables import print_tables
 
     _prepare_process()
+    if out is not None:
+        check_pillow()
     task = Task(
         personas=personas or _default_personas(),
         base=base,
@@ -392,6 +397,8 @@ def evaluate(
     )
     with progress_bars(stderr()) as report:
         evaluation = evaluate_personas(task, report)
+    if out is not None:
+        write_results(evaluation, out)
     if as_json:
         typer.echo(evaluation.to_json())
     else:

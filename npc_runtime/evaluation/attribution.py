@@ -9,6 +9,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 __all__ = ["Classifier", "cross_validate"]
 
@@ -63,7 +64,7 @@ def _features(text: str) -> Iterator[str]:
     """Words, pairs of words, and two to four characters within a word and its borders."""
     words = re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", text.lower())
     yield from words
-    yield from (f"{first} {second}" for first, second in zip(words, words[1:], strict=False))
+    yield from (f"{first} {second}" for first, second in pairwise(words))
     for word in words:
         bordered = f"\x00{word}\x00"
         yield from (f"\x01{bordered[at : at + n]}" for n in (2, 3, 4) for at in range(len(bordered) - n + 1))

@@ -164,7 +164,9 @@ def read_cases(persona: Persona) -> tuple[Case, ...]:
 
 def find_failures(case: Case, reply: str, inspector: Inspector) -> list[str]:
     """Why the reply does not pass, in words; empty if it does."""
-    failures = [f"does not contain {item}" for item in case.must_contain if not Expected.parse(item).pattern.search(reply)]
+    failures = [
+        f"does not contain {item}" for item in case.must_contain if not Expected.parse(item).pattern.search(reply)
+    ]
     for item in case.must_not_contain:
         match = Expected.parse(item).pattern.search(reply)
         if match:
@@ -191,7 +193,9 @@ def _read(path: Path) -> tuple[Any, dict[Place, int]]:
         for event in YAML(typ="safe", pure=True).parse(text):
             if isinstance(event, AliasEvent):
                 line = event.start_mark.line + 1
-                raise PersonaInvalid(f"{path}, line {line}: aliases (*) are not read.", "Write the text out, or quote it.")
+                raise PersonaInvalid(
+                    f"{path}, line {line}: aliases (*) are not read.", "Write the text out, or quote it."
+                )
         document = YAML(typ="safe", pure=True).load(text)
         lines: dict[Place, int] = {(): 1}
         _find_lines(YAML(typ="safe", pure=True).compose(text), (), lines)
@@ -240,7 +244,7 @@ def _remedy(problem: Mapping[str, Any], place: Place) -> str:
         return "Put it in quotes."
     if kind != "extra_forbidden":
         return "Correct the value."
-    models = {"tests": Case, "history": _Turn, "context": _CaseContext}
+    models: dict[str, type[BaseModel]] = {"tests": Case, "history": _Turn, "context": _CaseContext}
     around = next((part for part in reversed(place[:-1]) if isinstance(part, str)), "")
     known = list(models.get(around, _File).model_fields) if around else ["schema", "tests"]
     close = difflib.get_close_matches(str(place[-1]), known, 1)

@@ -22,8 +22,8 @@ BREAKS_CHARACTER: tuple[Check, ...] = ("empty", "leak", "third person", "loop")
 LEAK_WORDS, COPY_WORDS = 6, 8
 """So many words in a row of the system prompt, or of a training line, are no accident."""
 
-MAX_RUNS_AGAIN = 1
-"""Runs of three words that may be said again; "I am sorry, I am sorry" is speech, more is a loop."""
+MAX_AGAIN = 4
+"""So many words in a row may be said again, once: "the lord of the wood, the lord of the river" is speech."""
 
 _MARKER = re.compile(r"<\|\w*|\|>|\[/?INST\]|</?s>|</?(?:start|end)_of_turn>|</?think>|<<SYS>>")
 _ROLE = re.compile(r"^\s*(?:system|user|assistant|player|reply|npc)\s*:", re.IGNORECASE | re.MULTILINE)
@@ -94,15 +94,21 @@ def _shared(words: list[str], runs: set[tuple[str, ...]], size: int) -> str | No
 
 
 def _loop(words: list[str]) -> str | None:
-    """The runs of three words that are said again, if they are too many."""
+    """What is said again, if that is two stretches of three words or more, or one of more than `MAX_AGAIN`."""
     seen: set[tuple[str, ...]] = set()
-    again = []
+    again: list[list[str]] = []
+    end = 0  # of the last stretch
     for start in range(len(words) - 2):
         run = tuple(words[start : start + 3])
-        if run in seen:
-            again.append(" ".join(run))
+        if run in seen and start + 2 == end:
+            again[-1].append(run[-1])
+            end += 1
+        elif run in seen:
+            again.append(list(run))
+            end = start + 3
         seen.add(run)
-    return " / ".join(dict.fromkeys(again)) if len(again) > MAX_RUNS_AGAIN else None
+    is_loop = len(again) > 1 or any(len(stretch) > MAX_AGAIN for stretch in again)
+    return " / ".join(" ".join(stretch) for stretch in again) if is_loop else None
 
 
 def _first(pattern: re.Pattern[str] | None, text: str) -> str | None:

@@ -9,7 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count, takewhile
+from itertools import count, islice, takewhile
 from typing import NamedTuple
 
 import torch
@@ -149,9 +149,7 @@ class _Scorer:
             self._scheduler.computed(step)
             self._let_go(step)
 
-    def score(
-        self, wanted: Sequence[tuple[str | None, Passage]], on_progress: Callable[[float], None]
-    ) -> list[Score]:
+    def score(self, wanted: Sequence[tuple[str | None, Passage]], on_progress: Callable[[float], None]) -> list[Score]:
         """Score passages, each under its adapter.
 
         Their own blocks never become known: a reply that begins like another one is computed all the same.
@@ -165,8 +163,9 @@ class _Scorer:
         for step in self._steps(requests):
             ranges = [_scored(row, num_prompt[row.sequence.request.id]) for row in step]
             logits = self._runner.score(step, ranges)
-            for row, losses in zip(step, _split(_losses(logits, step, ranges), ranges), strict=True):
-                nats[row.sequence.request.id] += losses.double().sum().item()
+            losses = iter(_losses(logits, step, ranges))
+            for row, positions in zip(step, ranges, strict=True):
+                nats[row.sequence.request.id] += sum(islice(losses, len(positions)))
                 row.sequence.num_computed = row.stop
             num_done += self._let_go(step)
             on_progress(num_done / len(requests))
@@ -175,7 +174,7 @@ class _Scorer:
             for request, (_, passage) in zip(requests, wanted, strict=True)
         ]
 
-    def _steps(self, requests: Sequence[Request]) -> "Iterable[list[PlannedRow]]":
+    def _steps(self, requests: Sequence[Request]) -> Iterable[list[PlannedRow]]:
         """Plan steps until all requests are gone; the caller computes each and lets go of what is done."""
         waiting = list(reversed(requests))
         while waiting or self._scheduler.has_work:
@@ -219,16 +218,13 @@ def _losses(
     logits: Tensor,  # (num_scored, vocab) float32
     step: Sequence[PlannedRow],
     ranges: Sequence[range],
-) -> Tensor:  # (num_scored,)
+) -> list[float]:
+    """Nats of the tokens behind the scored positions."""
     pairs = [(row.sequence.request.prompt_ids, positions) for row, positions in zip(step, ranges, strict=True)]
     targets = [token_ids[position + 1] for token_ids, positions in pairs for position in positions]
-    return torch.nn.functional.cross_entropy(
-        logits, torch.tensor(targets, dtype=torch.long, device=logits.device), reduction="none"
-    )
-
-
-def _split(losses: Tensor, ranges: Sequence[range]) -> tuple[Tensor, ...]:
-    return losses.cpu().split([len(positions) for positions in ranges])
+    wanted = torch.tensor(targets, dtype=torch.long, device=logits.device)
+    nats: list[float] = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").tolist()
+    return nats
 
 
 def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """An evaluation as one PNG: the matrix as a heat map, and bars for the generated lines. Needs Pillow.
 
 A cell's colour is how far its loss lies above the best one of its column, since columns differ more by their authors
-than by adapters. The colours run from light to dark (YlGnBu of ColorBrewer, Harrower and Brewer 2003), so that they keep
-their order in grey print and for every kind of colour blindness; the best of a column also has a frame.
+than by adapters. The colours run from light to dark (ColorBrewer's YlGnBu), so that they keep their order in grey print
+and for every kind of colour blindness; the best of a column also has a frame.
 """
 
 from collections.abc import Iterator
@@ -100,7 +100,9 @@ class _Canvas:
 
     def save(self, path: Path) -> None:
         """Few colours make a small file."""
-        self.image.quantize(NUM_PALETTE, dither=0).save(path, optimize=True)
+        from PIL import Image
+
+        self.image.quantize(NUM_PALETTE, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 class _MatrixPanel:

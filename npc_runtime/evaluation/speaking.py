@@ -61,9 +61,7 @@ def speak(
             replies[number] = Reply("", error=str(error))
     news: queue.SimpleQueue[StepOutput | None] = queue.SimpleQueue()
     config = _roomy(config, len(requests))
-    engine = Engine(
-        base.decoder, base.tokenizer, adapters, config, on_step=news.put, on_death=lambda: news.put(None)
-    )
+    engine = Engine(base.decoder, base.tokenizer, adapters, config, on_step=news.put, on_death=lambda: news.put(None))
     engine.start()
     try:
         engine.submit(requests)
@@ -94,9 +92,7 @@ def _request(base: LoadedBase, config: EngineConfig, cue: Cue, number: int) -> R
     return Request(
         id=number,
         prompt_ids=prompt_ids,
-        sampling=SamplingParams(
-            **values, stop=tuple(sampling.stop or ()), soft_words=persona.limits.soft_words
-        ),
+        sampling=SamplingParams(**values, stop=tuple(sampling.stop or ()), soft_words=persona.limits.soft_words),
         arrival=time.monotonic(),
         adapter=persona.adapter_name,
         group="evaluation",
