@@ -54,7 +54,7 @@ def test_losses_equal_pefts(tmp_path, max_pages):
     for name, folder in folders.items():
         store.add(name, [(folder, 1.0)])
     passages = make_passages()
-    config = EngineConfig(kv_tokens=1024, max_step_tokens=53, max_waiting=7)
+    config = EngineConfig(kv_tokens=8192, max_step_tokens=53, max_waiting=7)
     matrix = measure_losses(decoder, store, config, passages, [None, *folders])
     store.close(5.0)
     seen = set()
@@ -133,6 +133,7 @@ def odo():
         ("(sighs) Oh dear.", "third person", "(sighs)"),
         ("Oh no no no no no no, not again.", "loop", "no no no no no"),
         ("I am sorry, mind the step, I am sorry, mind the step.", "loop", "i am sorry mind the step"),
+        ("I am sorry, mind the step, yes, I am sorry and do mind the step.", "loop", "i am sorry / mind the step"),
         ("I do say mind the bucket by the door please.", "copy", "mind the bucket by the door please"),
     ],
 )
