@@ -34,7 +34,7 @@ MIN_SPAN = 0.2
 """Nats from the lightest to the darkest colour, at least: smaller differences are not to look large."""
 
 
-class Point(NamedTuple):
+class _Point(NamedTuple):
     """Pixels from the left and the top."""
 
     x: int
@@ -67,7 +67,7 @@ def draw_evaluation(evaluation: Evaluation, path: Path) -> None:
     canvas = _Canvas.blank(width, height)
     y = MARGIN
     for panel in panels:
-        panel.draw(canvas, Point(MARGIN, y))
+        panel.draw(canvas, _Point(MARGIN, y))
         y += panel.height + GAP
     canvas.save(path)
 
@@ -86,16 +86,16 @@ class _Canvas:
         image = Image.new("RGB", (width, height), PAPER)
         return cls(image, ImageDraw.Draw(image))
 
-    def text(self, at: Point, text: str, *, size: int = TEXT, colour: str = INK, anchor: str = "lm") -> None:
+    def text(self, at: _Point, text: str, *, size: int = TEXT, colour: str = INK, anchor: str = "lm") -> None:
         """`anchor`: l, m or r of the text, and a, m or s of its height, stand at the point."""
         from PIL import ImageFont
 
         self.pen.text(at, text, font=ImageFont.load_default(size), fill=colour, anchor=anchor)
 
-    def box(self, at: Point, width: int, height: int, colour: str) -> None:
+    def box(self, at: _Point, width: int, height: int, colour: str) -> None:
         self.pen.rectangle((*at, at.x + width - 1, at.y + height - 1), fill=colour)
 
-    def frame(self, at: Point, width: int, height: int, *, thick: int, colour: str = INK) -> None:
+    def frame(self, at: _Point, width: int, height: int, *, thick: int, colour: str = INK) -> None:
         self.pen.rectangle((*at, at.x + width - 1, at.y + height - 1), outline=colour, width=thick)
 
     def save(self, path: Path) -> None:
@@ -117,54 +117,54 @@ class _MatrixPanel:
         self.width = max(self.LABELS + CELL_WIDTH * len(matrix.columns) + 150, 760)
         self.height = self.HEAD + CELL_HEIGHT * len(matrix.rows) + self.FOOT
 
-    def draw(self, canvas: _Canvas, at: Point) -> None:
+    def draw(self, canvas: _Canvas, at: _Point) -> None:
         """Draw with the upper left corner at the point."""
         matrix = self._matrix
-        canvas.text(Point(at.x, at.y + 16), "Held-out loss of every adapter", size=TITLE)
+        canvas.text(_Point(at.x, at.y + 16), "Held-out loss of every adapter", size=TITLE)
         note = f"nats per reply token on {self._base}, lower is better; framed: the best adapter for these replies"
-        canvas.text(Point(at.x, at.y + 58), note, size=SMALL, colour=FAINT)
+        canvas.text(_Point(at.x, at.y + 58), note, size=SMALL, colour=FAINT)
         left, top = at.x + self.LABELS, at.y + self.HEAD
-        canvas.text(Point(left - 18, top - 26), "adapter", size=SMALL, colour=FAINT, anchor="rm")
+        canvas.text(_Point(left - 18, top - 26), "adapter", size=SMALL, colour=FAINT, anchor="rm")
         for number, column in enumerate(matrix.columns):
-            canvas.text(Point(left + CELL_WIDTH * number + CELL_WIDTH // 2, top - 26), _short(column), anchor="mm")
+            canvas.text(_Point(left + CELL_WIDTH * number + CELL_WIDTH // 2, top - 26), _short(column), anchor="mm")
         for number, row in enumerate(matrix.rows):
             y = top + CELL_HEIGHT * number
-            canvas.text(Point(left - 18, y + CELL_HEIGHT // 2), _short(row or NO_ADAPTER), anchor="rm")
+            canvas.text(_Point(left - 18, y + CELL_HEIGHT // 2), _short(row or NO_ADAPTER), anchor="rm")
             for place, column in enumerate(matrix.columns):
-                self._draw_cell(canvas, Point(left + CELL_WIDTH * place, y), row, column)
-        self._draw_margins(canvas, Point(left, top + CELL_HEIGHT * len(matrix.rows) + 34))
-        self._draw_legend(canvas, Point(left + CELL_WIDTH * len(matrix.columns) + 36, top))
+                self._draw_cell(canvas, _Point(left + CELL_WIDTH * place, y), row, column)
+        self._draw_margins(canvas, _Point(left, top + CELL_HEIGHT * len(matrix.rows) + 34))
+        self._draw_legend(canvas, _Point(left + CELL_WIDTH * len(matrix.columns) + 36, top))
 
-    def _draw_cell(self, canvas: _Canvas, at: Point, row: str | None, column: str) -> None:
+    def _draw_cell(self, canvas: _Canvas, at: _Point, row: str | None, column: str) -> None:
         share = self._above_best(row, column) / self._span
-        inner = Point(at.x + SPACE // 2, at.y + SPACE // 2)
+        inner = _Point(at.x + SPACE // 2, at.y + SPACE // 2)
         width, height = CELL_WIDTH - SPACE, CELL_HEIGHT - SPACE
         canvas.box(inner, width, height, _colour(share))
         if self._matrix.best(column) == row:
             canvas.frame(inner, width, height, thick=5)
-        middle = Point(at.x + CELL_WIDTH // 2, at.y + CELL_HEIGHT // 2)
+        middle = _Point(at.x + CELL_WIDTH // 2, at.y + CELL_HEIGHT // 2)
         canvas.text(middle, f"{self._matrix.loss(row, column):.2f}", anchor="mm", colour=_ink_on(_colour(share)))
 
-    def _draw_margins(self, canvas: _Canvas, at: Point) -> None:
+    def _draw_margins(self, canvas: _Canvas, at: _Point) -> None:
         """Below each column: how far the persona's own adapter is below the next best."""
         margins = [self._matrix.over_next(column) for column in self._matrix.columns]
         if not any(margins):
             return
-        canvas.text(Point(at.x - 18, at.y), "own below next", size=SMALL, colour=FAINT, anchor="rm")
+        canvas.text(_Point(at.x - 18, at.y), "own below next", size=SMALL, colour=FAINT, anchor="rm")
         for number, margin in enumerate(margins):
             text = "-" if margin is None else f"{margin.nats:.2f} ±{margin.error:.2f}"
             x = at.x + CELL_WIDTH * number + CELL_WIDTH // 2
-            canvas.text(Point(x, at.y), text, size=SMALL, colour=FAINT, anchor="mm")
+            canvas.text(_Point(x, at.y), text, size=SMALL, colour=FAINT, anchor="mm")
 
-    def _draw_legend(self, canvas: _Canvas, at: Point) -> None:
+    def _draw_legend(self, canvas: _Canvas, at: _Point) -> None:
         height = CELL_HEIGHT * len(self._matrix.rows) - SPACE
         for y in range(height):
-            canvas.box(Point(at.x, at.y + y), LEGEND_WIDTH, 1, _colour(y / max(height - 1, 1)))
+            canvas.box(_Point(at.x, at.y + y), LEGEND_WIDTH, 1, _colour(y / max(height - 1, 1)))
         canvas.frame(at, LEGEND_WIDTH, height, thick=1, colour=FAINT)
         marks = ((0.0, "best"), (0.5, f"+{self._span / 2:.2f}"), (1.0, f"+{self._span:.2f}"))
         for share, text in marks:
             y = at.y + 12 + round(share * (height - 24))
-            canvas.text(Point(at.x + LEGEND_WIDTH + 12, y), text, size=SMALL, colour=FAINT)
+            canvas.text(_Point(at.x + LEGEND_WIDTH + 12, y), text, size=SMALL, colour=FAINT)
 
     def _above_best(self, row: str | None, column: str) -> float:
         return self._matrix.loss(row, column) - self._matrix.loss(self._matrix.best(column), column)
@@ -180,32 +180,32 @@ class _LinesPanel:
         self.width = 2 * self.LABELS + 2 * BAR_WIDTH
         self.height = self.HEAD + self.STEP * len(lines.personas)
 
-    def draw(self, canvas: _Canvas, at: Point) -> None:
+    def draw(self, canvas: _Canvas, at: _Point) -> None:
         """Draw with the upper left corner at the point."""
         num_lines = len(self._lines.lines)
-        canvas.text(Point(at.x, at.y + 16), f"{num_lines} generated lines", size=TITLE)
+        canvas.text(_Point(at.x, at.y + 16), f"{num_lines} generated lines", size=TITLE)
         for number, heading in enumerate(("sound like the persona", "nothing found by the checks")):
-            canvas.text(Point(self._bar_x(at, number), at.y + 78), heading, size=SMALL, colour=FAINT)
+            canvas.text(_Point(self._bar_x(at, number), at.y + 78), heading, size=SMALL, colour=FAINT)
         for number, persona in enumerate(self._lines.personas):
             own = self._lines.of(persona)
             y = at.y + self.HEAD + self.STEP * number + 16
-            canvas.text(Point(at.x + self.LABELS - 18, y), _short(persona), anchor="rm")
+            canvas.text(_Point(at.x + self.LABELS - 18, y), _short(persona), anchor="rm")
             for place, (share, colour) in enumerate(((own.accuracy, SOUNDS_BAR), (own.clean, CLEAN_BAR))):
-                _draw_bar(canvas, Point(self._bar_x(at, place), y - BAR_HEIGHT // 2), share, colour)
+                _draw_bar(canvas, _Point(self._bar_x(at, place), y - BAR_HEIGHT // 2), share, colour)
 
-    def _bar_x(self, at: Point, number: int) -> int:
+    def _bar_x(self, at: _Point, number: int) -> int:
         return at.x + self.LABELS + number * (BAR_WIDTH + 110)
 
 
-def _draw_bar(canvas: _Canvas, at: Point, share: float | None, colour: str) -> None:
+def _draw_bar(canvas: _Canvas, at: _Point, share: float | None, colour: str) -> None:
     middle = at.y + BAR_HEIGHT // 2
     if share is None:
-        canvas.text(Point(at.x, middle), "no lines of its own to compare", size=SMALL, colour=FAINT)
+        canvas.text(_Point(at.x, middle), "no lines of its own to compare", size=SMALL, colour=FAINT)
         return
     canvas.box(at, BAR_WIDTH, BAR_HEIGHT, TRACK)
     if share > 0:
         canvas.box(at, max(round(BAR_WIDTH * share), 2), BAR_HEIGHT, colour)
-    canvas.text(Point(at.x + BAR_WIDTH + 12, middle), f"{share:.0%}", size=SMALL)
+    canvas.text(_Point(at.x + BAR_WIDTH + 12, middle), f"{share:.0%}", size=SMALL)
 
 
 def _short(name: str) -> str:
