@@ -47,6 +47,14 @@ class DType(StrEnum):
     AUTO = "auto"
 
 
+class Part(StrEnum):
+    """What `evaluate` can do."""
+
+    MATRIX = "matrix"
+    LINES = "lines"
+    TESTS = "tests"
+
+
 class Quantize(StrEnum):
     """In how many bits the base's linears are held."""
 
@@ -305,6 +313,57 @@ def train(
 def _describe_epoch(epoch: "Epoch") -> str:
     kept = "  kept" if epoch.kept else ""
     return f"epoch {epoch.number}: train {epoch.train:.3f}, held-out {epoch.heldout:.3f}{kept}"
+
+
+@app.command()
+def evaluate(
+    only: Annotated[
+        list[str] | None, typer.Argument(metavar="[PERSONAS]...", help="Whom to judge; default: all.")
+    ] = None,
+    personas: Personas = None,
+    base: Base = EMBEDDED_BASE,
+    samples: Annotated[int, typer.Option(min=1, max=1_000, help="Generated lines for each persona.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of the generated lines; tests have their own.")] = 0,
+    part: Annotated[list[Part] | None, typer.Option(help="May be given again; default: all three.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the picture and the JSON.")] = None,
+    dtype: DTypeOption = DType.AUTO,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge personas: held-out losses under every adapter, generated lines, and their tests.
+
+    The exit status is 1 if a test in a persona's tests.yaml fails.
+    """
+    from rich.console import Console
+
+    from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.evaluate import Task, evaluate_personas, write_results
+    from npc_runtime.evaluation.picture import check_pillow
+    from npc_runtime.evaluation.tables import print_tables
+
+    prepare_process()
+    if out is not None:
+        check_pillow()
+    task = Task(
+        personas=personas or default_personas(),
+        base=base,
+        only=tuple(only or ()),
+        parts=tuple(entry.value for entry in part or Part),
+        samples=samples,
+        seed=seed,
+        dtype=dtype.value,
+        threads=threads,
+    )
+    with progress_bars(stderr()) as report:
+        evaluation = evaluate_personas(task, report)
+    if out is not None:
+        write_results(evaluation, out)
+    if as_json:
+        typer.echo(evaluation.to_json())
+    else:
+        print_tables(evaluation, Console(highlight=False))
+    if not evaluation.is_green:
+        raise typer.Exit(1)
 
 
 def main() -> None:

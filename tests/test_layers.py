@@ -95,6 +95,17 @@ LAYERS = [
     "npc_runtime.adapter_folder",
     "npc_runtime.train",
     "npc_runtime.adapter_import",
+    "npc_runtime.evaluation",
+    "npc_runtime.evaluation.authored",
+    "npc_runtime.evaluation.checks",
+    "npc_runtime.evaluation.cases",
+    "npc_runtime.evaluation.attribution",
+    "npc_runtime.evaluation.losses",
+    "npc_runtime.evaluation.speaking",
+    "npc_runtime.evaluation.report",
+    "npc_runtime.evaluation.tables",
+    "npc_runtime.evaluation.picture",
+    "npc_runtime.evaluate",
     "npc_runtime.console",
     "npc_runtime.demo",
     "npc_runtime.bench",
@@ -137,6 +148,10 @@ WITHOUT_TORCH = [
     "npc_runtime.cli",
     "npc_runtime.demo",
     "npc_runtime.bench",
+    "npc_runtime.evaluation.authored",
+    "npc_runtime.evaluation.checks",
+    "npc_runtime.evaluation.cases",
+    "npc_runtime.evaluation.attribution",
     "npc_runtime.engine.core",
     "npc_runtime.engine.blocks",
     "npc_runtime.engine.pages",
@@ -228,7 +243,7 @@ def test_public_names_are_listed_and_true(name):
     body = ast.parse(SOURCES[name].read_text(encoding="utf-8")).body
     kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     public = {node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")}
-    commands = {"serve", "demo", "bench", "train", "quantize_base", "DType", "Quantize"}
+    commands = {"serve", "demo", "bench", "train", "quantize_base", "DType", "Quantize", "Part", "evaluate"}
     of_personas = {f"persona_{verb}" for verb in ("new", "list", "show", "check", "render")}
     unlisted = {"npc_runtime.cli": commands, "npc_runtime.persona_commands": of_personas}
     assert public - set(listed) <= unlisted.get(name, set())

@@ -82,6 +82,24 @@ class Runner:
         return self._decoder.forward(self._plan, self._kv)
 
     @torch.inference_mode()
+    def score(self, rows: Rows[PlannedRow], wanted: Rows[range]) -> Tensor:  # (num_wanted, vocab) float32
+        """Run all rows in one forward pass; return the logits behind the wanted positions of each, in order.
+
+        For known text, whose tokens are all there: a position lies in its row's chunk, and none need be wanted.
+        """
+        order = sorted(range(len(rows)), key=lambda number: rows[number].num_tokens > 1)
+        ordered = [rows[number] for number in order]
+        starts = dict(zip(order, itertools.accumulate((row.num_tokens for row in ordered), initial=0), strict=False))
+        places = [
+            starts[number] + position - row.start
+            for number, (row, positions) in enumerate(zip(rows, wanted, strict=True))
+            for position in positions
+        ]
+        self._plan = self._decoder.plan(self._describe(ordered, places), self._plan)
+        self.num_forwards += 1
+        return self._decoder.forward(self._plan, self._kv)
+
+    @torch.inference_mode()
     def warm(self, on_progress: Callable[[float], None]) -> None:
         """Compile and record what lines will need, as far as it can be foreseen. Call it before the first line."""
         config, pool = self._config, self._adapters.pool
