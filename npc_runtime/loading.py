@@ -33,6 +33,7 @@ __all__ = [
     "Settings",
     "check_personas",
     "fit_gpu",
+    "limit_gpu",
     "load_adapters",
     "load_base",
     "load_library",
@@ -105,7 +106,7 @@ def load_base(
     """Find the base (fetching the embedded one the first time) and bring it into memory.
 
     `kernels` None takes the fastest for the device, or with `deterministic` those whose rows are independent.
-    `quantize` auto makes 4 bits of a large base where the kernels compute with them.
+    `quantize` auto makes 4 bits of a large base where the kernels compute with them. Raises `StartupError`.
     """
     problem = explain_unused_gpu()
     if problem:
@@ -129,7 +130,13 @@ def load_base(
             on_progress=lambda fraction: on_progress(f"loading {info.name}", fraction),
             keeps_codes=reads_codes,
         )
-    decoder = Decoder(config, tensors, kernels, read_codes(folder))
+    try:
+        decoder = Decoder(config, tensors, kernels, read_codes(folder))
+    except torch.OutOfMemoryError as error:
+        raise StartupError(
+            f"{info.name} does not fit on the GPU, or not into --gpu-memory.",
+            "Take a smaller base, --quantize int4, or close other programs that use the GPU.",
+        ) from error
     is_int4 = is_quantized or (reads_codes and read_scheme(folder) is not None)
     return LoadedBase(info, device, decoder, tokenizer, is_int4)
 
@@ -156,14 +163,21 @@ def make_config(settings: Settings, shape: ModelShape, device: Device) -> Engine
     return config
 
 
+def limit_gpu(settings: Settings) -> None:
+    """Let nothing that is loaded from here on take more of the GPU than `--gpu-memory`. Raises `StartupError`."""
+    if settings.gpu_mib is None:
+        return
+    if not torch.cuda.is_available():
+        raise StartupError("--gpu-memory is for a GPU, and this daemon computes on the CPU.", "Leave it out.")
+    keep_within(settings.gpu_mib * 2**20, torch.cuda.current_device())
+
+
 def fit_gpu(settings: Settings, base: LoadedBase, adapters: AdapterStore, config: EngineConfig) -> EngineConfig:
     """The configuration with as much KV cache as the GPU, or the budget for it, has room for; on a CPU as it is.
 
     Raises `StartupError` if that is too little to use, or less than was asked for.
     """
     if base.device.torch_device.type != "cuda":
-        if settings.gpu_mib is not None:
-            raise StartupError("--gpu-memory is for a GPU, and this daemon computes on the CPU.", "Leave it out.")
         return config
     memory = measure_gpu(base.device.torch_device)
     budget = None if settings.gpu_mib is None else settings.gpu_mib * 2**20
@@ -181,8 +195,6 @@ def fit_gpu(settings: Settings, base: LoadedBase, adapters: AdapterStore, config
         raise StartupError(f"--kv-memory {settings.kv_mib} does not fit on the GPU, {fits} does.", "Lower it.")
     if num_tokens < config.kv_tokens:
         logger.warning("the KV cache has room for %d tokens instead of %d", num_tokens, config.kv_tokens)
-    if budget is not None:
-        keep_within(budget, memory, base.device.torch_device)
     return replace(config, kv_tokens=num_tokens // config.block_size * config.block_size)
 
 
