@@ -236,7 +236,7 @@ def write_a_bad_config(folder):
     (folder / "adapter_config.json").write_bytes(b"\xff{")
 
 
-ENDLESS = r"((?:.|..)*)((?:.|..)*)((?:.|..)*)\3\2\1\d"
+ENDLESS = r"(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(?(1)\d|x)"
 
 BAD = {
     "folder gone": (shutil.rmtree, AdapterMissing, "does not exist"),
