@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-avx2 check compile bench generate clean
+.PHONY: demo test test-avx2 check compile gpu bench generate clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/npc-runtime demo
@@ -31,6 +31,16 @@ check: $(VENV)/.dev
 # Triton's kernels for real GPUs, without one: registers, shared memory, spills. make compile TARGETS=86,90
 compile: $(VENV)/.dev
 	@$(BIN)/python kernels/compile.py $(if $(TARGETS),--targets $(TARGETS))
+
+# On an NVIDIA GPU: proofs, then the table of kernels/README.md, in less than nine minutes. With the Python at hand if it
+# has all that is needed; otherwise with $(VENV). make gpu MINUTES=4 PICTURE=gpu.svg PARTS=parity,graphs
+gpu:
+	@python=$(PYTHON); $(PYTHON) -c "$$HAS_ALL_FOR_GPU" 2>/dev/null || \
+		{ python=$(BIN)/python; $(MAKE) --no-print-directory $(VENV)/.dev; } && \
+		$$python benchmarks/gpu $(if $(MINUTES),--minutes $(MINUTES)) $(if $(PICTURE),--picture $(PICTURE)) \
+		$(if $(PARTS),--parts "$(PARTS)")
+export HAS_ALL_FOR_GPU := from importlib.util import find_spec; \
+	assert all(map(find_spec, "torch triton transformers peft numpy safetensors".split()))
 
 # Side by side with llama-server, vLLM and PEFT, each set up once in a venv below BENCH_DIR (llama.cpp is compiled:
 # it needs a C++ compiler and a while). make bench PEERS=llama-server NPCS=1,8 AVX2=1 BENCH_DIR=…; PEERS=none: ours alone

@@ -108,7 +108,7 @@ async def measure(
 
     Raises `NpcError` if it cannot be reached, has no persona that can speak, or drops a line.
     """
-    async with await Client.connect(target.url, token=target.token, name="npc-runtime-bench") as client:
+    async with await Client.connect(target.url, token=target.token, name="npc-runtime-bench", tick_ms=0) as client:
         _check(client.welcome, npcs, max_tokens)
         usable = [persona for persona in await client.personas() if persona.error is None]
         if not usable:

@@ -116,8 +116,12 @@ class Client:
         token: str | None = None,
         name: str = "npc-runtime-python",
         json_frames: bool = False,
+        tick_ms: float | None = None,
     ) -> Self:
-        """Open a connection and wait for `welcome`. Raises `DisconnectedError` with the daemon's reason."""
+        """Open a connection and wait for `welcome`. Raises `DisconnectedError` with the daemon's reason.
+
+        `tick_ms` is the time between texts of a line, at least; None leaves it to the daemon, 0 is every token.
+        """
         subprotocol = Subprotocol(wire.SUBPROTOCOLS[1 if json_frames else 0])
         try:
             socket = await connect(
@@ -132,16 +136,17 @@ class Client:
             raise DisconnectedError(f"No daemon answers at {url} ({error}).", "Is it running?") from error
         client = cls(socket)
         try:
-            client.welcome = await client._open(token, name)
+            client.welcome = await client._open(token, name, tick_ms)
         except BaseException:
             await socket.close()
             raise
         client._reader = asyncio.create_task(client._read())
         return client
 
-    async def _open(self, token: str | None, name: str) -> wire.Welcome:
+    async def _open(self, token: str | None, name: str, tick_ms: float | None) -> wire.Welcome:
         info = wire.ClientInfo(name=name, version=__version__)
-        await self.send(wire.Hello(protocol=wire.PROTOCOL_VERSION, token=token, client=info))
+        want = wire.Want() if tick_ms is None else wire.Want(tick_ms=tick_ms)
+        await self.send(wire.Hello(protocol=wire.PROTOCOL_VERSION, token=token, client=info, want=want))
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 message = codec.parse_server(codec.decode(await self._socket.recv(), self._subprotocol))

@@ -27,6 +27,7 @@ from npc_runtime.loading import (
     LoadedBase,
     Settings,
     fit_gpu,
+    limit_gpu,
     load_adapters,
     load_base,
     load_library,
@@ -62,7 +63,10 @@ def run_daemon(settings: Settings, progress: Callable[[], AbstractContextManager
         if not is_device_error(error):
             raise
         reason = str(error).partition("\n")[0]
-        raise StartupError(f"The device cannot be used: {reason}.", "Look at its driver, or restart it.") from error
+        raise StartupError(
+            f"The device cannot be used: {reason}.",
+            "Look at its driver, or restart it; CUDA_VISIBLE_DEVICES=-1 hides the GPU, and the CPU computes.",
+        ) from error
     finally:
         remove_endpoint(_project_of(settings), os.getpid())
 
@@ -76,6 +80,7 @@ def _load_and_serve(
     if settings.host not in LOOPBACK and not settings.needs_token:
         raise StartupError(f"--no-auth is refused on {settings.host}.", "Only loopback may go without a token.")
     handover = taken or Handover(_bind(settings.host, settings.port), _new_token(settings))
+    limit_gpu(settings)
     with handover.sock:
         with progress() as on_progress:
             base = load_base(
@@ -89,24 +94,17 @@ def _load_and_serve(
         adapters = make_store(base.decoder.shape, base.device, config)
         load_adapters(adapters, library, base.info.name)
         config = fit_gpu(settings, base, adapters, config)
-        return asyncio.run(_serve(settings, handover, base, library, adapters, config, progress))
+        server = _make_server(settings, handover, base, library, config)
+        # Not on the loop: what takes long must end at once when Ctrl-C asks for it.
+        engine = _make_engine(base, adapters, config, server, progress)
+        return asyncio.run(_serve(settings, handover, base, library, server, engine))
 
 
-async def _serve(
-    settings: Settings,
-    handover: Handover,
-    base: LoadedBase,
-    library: Library,
-    adapters: AdapterStore,
-    config: EngineConfig,
-    progress: Callable[[], AbstractContextManager[OnProgress]],
-) -> Handover | None:
-    asked, over = asyncio.Event(), asyncio.Event()  # to stop; for that or another reason
-    loop = asyncio.get_running_loop()
-    restore_signals = _stop_on_signals(asked, over)
-    port = handover.sock.getsockname()[1]
+def _make_server(
+    settings: Settings, handover: Handover, base: LoadedBase, library: Library, config: EngineConfig
+) -> NpcServer:
     context = min(base.decoder.shape.context, config.kv_tokens)
-    server = NpcServer(
+    return NpcServer(
         info=DaemonInfo(
             version=__version__,
             device=base.device.name,
@@ -117,21 +115,37 @@ async def _serve(
         library=library,
         render=lambda messages: base.tokenizer.render(messages).token_ids,
         host=settings.host,
-        port=port,
+        port=handover.sock.getsockname()[1],
     )
 
-    def on_death() -> None:
-        loop.call_soon_threadsafe(over.set)
 
+def _make_engine(
+    base: LoadedBase,
+    adapters: AdapterStore,
+    config: EngineConfig,
+    server: NpcServer,
+    progress: Callable[[], AbstractContextManager[OnProgress]],
+) -> Engine:
     try:
-        engine = Engine(base.decoder, base.tokenizer, adapters, config, on_step=server.on_step, on_death=on_death)
+        engine = Engine(
+            base.decoder, base.tokenizer, adapters, config, on_step=server.on_step, on_death=server.on_engine_death
+        )
+        if base.device.torch_device.type == "cuda":
+            with progress() as on_progress:
+                engine.warm(lambda fraction: on_progress("preparing the GPU", fraction))
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise StartupError(
-            "There is no memory for the KV cache and the adapters.", "Lower --kv-memory or --adapter-memory."
+            "There is no memory for the KV cache, the adapters and a step.", "Lower --kv-memory or --adapter-memory."
         ) from error
-    if base.device.torch_device.type == "cuda":
-        with progress() as on_progress:
-            engine.warm(lambda fraction: on_progress("preparing the GPU", fraction))
+    return engine
+
+
+async def _serve(
+    settings: Settings, handover: Handover, base: LoadedBase, library: Library, server: NpcServer, engine: Engine
+) -> Handover | None:
+    asked = asyncio.Event()
+    restore_signals = _stop_on_signals(asked, server.is_over)
+    port = handover.sock.getsockname()[1]
     await server.start(handover.sock, engine)
     endpoint = Endpoint(port, os.getpid(), handover.token, PROTOCOL_VERSION, base.info.name)
     if not handover.replaced_at:  # the first line on stdout is still true, and whoever read it expects no second one
@@ -143,7 +157,7 @@ async def _serve(
         "%s on %s, %d personas; ws://%s:%d/v1; token and port in %s; Ctrl-C stops",
         *(base.info.name, base.device.name, len(library), settings.host, port, path),
     )
-    await over.wait()
+    await server.is_over.wait()
     successor = None
     try:
         if engine.has_died and not asked.is_set():

@@ -17,14 +17,16 @@ from npc_runtime.engine.model import Decoder, Kernels, ModelShape, PageLayout, c
 from npc_runtime.engine.quantized import Quantize, has_code_kernels, is_to_be_quantized, load_quantized
 from npc_runtime.engine.tokenizer import ChatTokenizer
 from npc_runtime.engine.weights import BaseInfo, describe_base, iterate_weights, read_config, resolve_base
-from npc_runtime.errors import AdapterIncompatible, StartupError, WireError
+from npc_runtime.errors import AdapterIncompatible, ContextOverflow, StartupError, WireError
 from npc_runtime.persona import Library, Persona
 
 __all__ = [
     "LoadedBase",
     "Settings",
     "check_personas",
+    "find_context",
     "fit_gpu",
+    "limit_gpu",
     "load_adapters",
     "load_base",
     "load_library",
@@ -96,7 +98,7 @@ def load_base(
     """Find the base (fetching the embedded one the first time) and bring it into memory.
 
     `kernels` None takes the fastest for the device, or with `deterministic` those whose rows are independent.
-    `quantize` auto makes 4 bits of a large base where the kernels compute with them.
+    `quantize` auto makes 4 bits of a large base where the kernels compute with them. Raises `StartupError`.
     """
     problem = explain_unused_gpu()
     if problem:
@@ -120,7 +122,13 @@ def load_base(
             on_progress=lambda fraction: on_progress(f"loading {info.name}", fraction),
             keeps_codes=reads_codes,
         )
-    decoder = Decoder(config, tensors, kernels, read_codes(folder))
+    try:
+        decoder = Decoder(config, tensors, kernels, read_codes(folder))
+    except torch.OutOfMemoryError as error:
+        raise StartupError(
+            f"{info.name} does not fit on the GPU, or not into --gpu-memory.",
+            "Take a smaller base, --quantize int4, or close other programs that use the GPU.",
+        ) from error
     is_int4 = is_quantized or (reads_codes and read_scheme(folder) is not None)
     return LoadedBase(info, device, decoder, tokenizer, is_int4)
 
@@ -145,14 +153,21 @@ def make_config(settings: Settings, shape: ModelShape, device: Device) -> Engine
     return config
 
 
+def limit_gpu(settings: Settings) -> None:
+    """Let nothing that is loaded from here on take more of the GPU than `--gpu-memory`. Raises `StartupError`."""
+    if settings.gpu_mib is None:
+        return
+    if not torch.cuda.is_available():
+        raise StartupError("--gpu-memory is for a GPU, and this daemon computes on the CPU.", "Leave it out.")
+    keep_within(settings.gpu_mib * 2**20, torch.cuda.current_device())
+
+
 def fit_gpu(settings: Settings, base: LoadedBase, adapters: AdapterStore, config: EngineConfig) -> EngineConfig:
     """The configuration with as much KV cache as the GPU, or the budget for it, has room for; on a CPU as it is.
 
     Raises `StartupError` if that is too little to use, or less than was asked for.
     """
     if base.device.torch_device.type != "cuda":
-        if settings.gpu_mib is not None:
-            raise StartupError("--gpu-memory is for a GPU, and this daemon computes on the CPU.", "Leave it out.")
         return config
     memory = measure_gpu(base.device.torch_device)
     budget = None if settings.gpu_mib is None else settings.gpu_mib * 2**20
@@ -170,8 +185,6 @@ def fit_gpu(settings: Settings, base: LoadedBase, adapters: AdapterStore, config
         raise StartupError(f"--kv-memory {settings.kv_mib} does not fit on the GPU, {fits} does.", "Lower it.")
     if num_tokens < config.kv_tokens:
         logger.warning("the KV cache has room for %d tokens instead of %d", num_tokens, config.kv_tokens)
-    if budget is not None:
-        keep_within(budget, memory, base.device.torch_device)
     return replace(config, kv_tokens=num_tokens // config.block_size * config.block_size)
 
 
@@ -217,13 +230,28 @@ def load_adapters(store: AdapterStore, library: Library, base_name: str) -> dict
     return notes
 
 
+def find_context(folder: Path) -> int:
+    """The tokens that a daemon with default settings has for prompt and reply together."""
+    return min(ModelShape.from_config(read_config(folder)).context, EngineConfig().kv_tokens)
+
+
 def check_personas(library: Library, base: str, on_progress: OnProgress) -> dict[str, str]:
-    """Check all adapters as the daemon would, without loading the base's weights; notes as `load_adapters`."""
+    """Check all adapters and prompts as the daemon would, without loading the base's weights; notes as
+    `load_adapters`.
+    """
     device = choose_device("auto")
     folder = resolve_base(base, on_progress)
     config = EngineConfig(adapter_host_bytes=0)  # nothing is going to speak
     store = make_store(ModelShape.from_config(read_config(folder)), device, config)
-    return load_adapters(store, library, describe_base(base, folder).name)
+    notes = load_adapters(store, library, describe_base(base, folder).name)
+    tokenizer, context = ChatTokenizer(folder), find_context(folder)
+    for persona in list(library):
+        size = len(tokenizer.render(persona.messages([], "")).token_ids)
+        notes[persona.id] += f", a prompt of {size} tokens"
+        if size + persona.limits.hard_tokens > context:
+            what = f"The prompt of {persona.id} has {size} tokens before anybody spoke; the base holds {context}."
+            library.reject(persona.id, ContextOverflow(what, "Shorten bio, examples, or knowledge without 'when'."))
+    return notes
 
 
 def _unreadable(persona: Persona, error: Exception) -> AdapterIncompatible:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
-from npc_runtime.persona import Context
+from npc_runtime.prompt import Context
 
 __all__ = [
     "CAPS",
@@ -301,7 +301,7 @@ class Welcome(Message):
 
 
 class AcceptedItem(Message):
-    """Whether one line was taken."""
+    """Whether one line was taken. `message` of a queued one says what its prompt had no room for."""
 
     line: Any = None
     status: Literal["queued", "rejected"]

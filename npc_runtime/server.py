@@ -13,6 +13,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
@@ -56,6 +57,7 @@ class NpcServer:
         self._render = render
         self._host = host
         self._port = port
+        self.is_over = asyncio.Event()  # nothing more will be generated
         self._engine: Engine | None = None
         self._server: Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -110,6 +112,12 @@ class NpcServer:
         except RuntimeError:  # the loop is closed: nobody is left to be told
             logger.debug("a step of the engine came after the loop was closed")
 
+    def on_engine_death(self) -> None:
+        """Take the end of the engine thread to the loop."""
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self.is_over.set)
+
     def _deliver(self, step: StepOutput) -> None:
         events: defaultdict[_Connection, list[Started | Spoken | Ended]] = defaultdict(list)
         for event in step.events:
@@ -123,7 +131,11 @@ class NpcServer:
             owner, batch_id = _split_group(group)
             forwards[owner].append(batch_id)
         for connection in self._connections & (events.keys() | forwards.keys()):
-            connection.on_step(events[connection], forwards[connection])
+            try:
+                connection.on_step(events[connection], forwards[connection])
+            except Exception:  # a defect that one client met must not cost the others their ends
+                logger.exception("a connection could not take a step's outcome")
+                connection.abort()
 
     def submit(self, owner: "_Connection", jobs: Iterable[Job]) -> None:
         """Give a connection's lines to the engine as one command."""

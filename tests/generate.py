@@ -1,18 +1,23 @@
-"""Writes PROTOCOL.md and tests/golden/ from the message models: `make generate`."""
+"""Writes PROTOCOL.md and tests/golden/ from the message models, tests/prompts/*.txt from the families' templates:
+`make generate`.
+"""
 
 import json
+import tempfile
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 import msgpack
+from families import FAMILIES, make_base, speak
 from golden_messages import CLIENT, SERVER
 from pydantic import BaseModel
 
 from npc_runtime import errors
 from npc_runtime import protocol as wire
-from npc_runtime.persona import Context
+from npc_runtime.engine.tokenizer import ChatTokenizer
+from npc_runtime.prompt import Context
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,6 +67,14 @@ def main() -> None:
         path.unlink()
     for name, data in golden_files().items():
         (folder / name).write_bytes(data)
+    for name, text in family_prompts().items():
+        (ROOT / "tests" / "prompts" / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+def family_prompts() -> dict[str, str]:
+    """What every family's template makes of the same line."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {name: speak(ChatTokenizer(make_base(name, Path(folder) / name))).text for name in FAMILIES}
 
 
 def golden_files() -> dict[str, bytes]:

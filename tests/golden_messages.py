@@ -1,7 +1,7 @@
 """One example of every message; `generate.py` writes them to golden/ and PROTOCOL.md, all languages read them."""
 
 from npc_runtime import protocol as wire
-from npc_runtime.persona import Context
+from npc_runtime.prompt import Context
 
 BASE = wire.BaseModelInfo(name="smollm2-135m", sha256="ab" * 32, context=8192)
 USAGE = wire.Usage(prompt=57, cached=0, completion=21)

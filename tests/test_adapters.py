@@ -1,5 +1,6 @@
 """The adapter store: what is loaded when, by whom and from where, and what a load that fails leaves behind."""
 
+import contextlib
 import shutil
 import threading
 import time
@@ -261,3 +262,64 @@ def test_closing_finishes_the_load_it_is_in_and_begins_no_other(make, monkeypatc
     store.close(30_000 * MS)
     assert not store._loader.is_alive()
     assert reads == ["a"]
+
+
+# -- on a GPU, whose calls are only noted down here ---------------------------------------------------------------
+
+
+class FakeStream:
+    def __init__(self, calls):
+        self._calls = calls
+
+    def record_event(self):
+        self._calls.append("recorded")
+        return "the steps so far"
+
+    def wait_event(self, event):
+        self._calls.append(f"waits for {event}")
+
+    def synchronize(self):
+        self._calls.append("synchronized")
+
+
+@pytest.fixture
+def gpu_store(make, monkeypatch):
+    """A store that takes its device for a GPU once its pool is made, and what it asks of the device."""
+    store, calls = make(), []
+    store.open()
+    store._device = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream(calls))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(calls))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    write = store._write
+    monkeypatch.setattr(store, "_write", lambda *given: (calls.append("written"), write(*given)))
+    return store, calls
+
+
+def test_pages_are_written_after_the_steps_that_may_still_read_them(gpu_store):
+    """Nobody waits for a step that samples nothing, such as the last one of a warmup."""
+    store, calls = gpu_store
+    ask(store, "c")
+    assert settle(store) == []
+    assert calls == ["recorded", "waits for the steps so far", "written", "synchronized"]
+
+
+def test_a_loader_without_a_stream_fails_the_load(gpu_store, monkeypatch):
+    """A broken context must not leave a line waiting for ever."""
+    store, _ = gpu_store
+
+    def broken(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "Stream", broken)
+    ask(store, "c")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        settle(store)
+
+
+def test_pinned_copies_count_as_what_torch_takes_for_them(make):
+    store = make(["wide"], max_pages=4, max_host_bytes=None)
+    (copy,) = store.host._copies.values()
+    store.host._pinned = True
+    assert copy.pages.nbytes < store.host._bytes_of(copy) < 2 * copy.pages.nbytes
+    assert store.host._bytes_of(copy).bit_count() == 1

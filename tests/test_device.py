@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from npc_runtime.engine.device import choose_device
 
 
 def choose(**environment):
@@ -20,3 +23,12 @@ def choose(**environment):
 def test_without_fast_bfloat16_products_float32_is_chosen(isa):
     """bfloat16 would be converted for every product: four times slower than float32."""
     assert choose(ONEDNN_MAX_CPU_ISA=isa) == "torch.float32"
+
+
+def test_the_gpu_is_named_by_its_number(monkeypatch):
+    """Some functions of torch take no device that is just "cuda"."""
+    cuda = {"is_available": True, "current_device": 1, "get_device_name": "a card", "get_device_capability": (8, 6)}
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    device = choose_device("auto")
+    assert (device.torch_device, device.dtype, device.name) == (torch.device("cuda:1"), torch.bfloat16, "a card")

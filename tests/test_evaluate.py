@@ -239,6 +239,15 @@ def test_a_test_has_history_and_context():
     assert [turn["content"] for turn in case.messages(odo())[1:]] == ["Hi.", "Yes?", "(Mood: tired.)\nAnd now?"]
 
 
+def test_a_test_has_facts_of_the_game(make_persona):
+    knows = [{"id": "secret", "text": "The bridge is out.", "when": "bridge.out"}]
+    persona = Persona.load(make_persona("guard", knows=knows))
+    case = {"player": "Can I cross?"}
+    told = Case.model_validate({**case, "facts": {"bridge.out": True}}).messages(persona)
+    assert "The bridge is out." in told[-1]["content"]
+    assert "The bridge is out." not in Case.model_validate(case).messages(persona)[-1]["content"]
+
+
 def test_the_shipped_tests_are_valid():
     assert {p.id for p in Library.load(shipped_personas()) if read_cases(p)} == {"brom", "odo", "thalindra"}
 

@@ -1,11 +1,15 @@
 """Whose the GPU's memory is: as much KV cache as fits, and a clear word where it does not."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from npc_runtime.engine.core import EngineConfig
 from npc_runtime.engine.memory import MIN_KV_TOKENS, GpuMemory, fit_kv_tokens, step_bytes
 from npc_runtime.engine.model import ModelShape
 from npc_runtime.errors import StartupError
+from npc_runtime.loading import Settings, limit_gpu
 
 MIB = 1 << 20
 LLAMA_3B = ModelShape(28, 3072, 8192, 24, 8, 128, 128_256, 4096, 1e-5)
@@ -49,3 +53,26 @@ def test_the_largest_step_is_counted():
     """Planes of 512 tokens and logits of 64 rows of Llama-3.2-3B, and a quarter of a GiB for graphs."""
     found = step_bytes(LLAMA_3B, EngineConfig())
     assert 400 * MIB < found < 700 * MIB
+
+
+def settings(gpu_mib):
+    return Settings("base", Path(), "127.0.0.1", 0, "auto", None, True, None, gpu_mib=gpu_mib)
+
+
+def test_torch_is_held_to_the_budget_before_anything_is_loaded(monkeypatch):
+    limits = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000 * MIB, 8_000 * MIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: limits.append(given))
+    limit_gpu(settings(None))
+    limit_gpu(settings(2_000))
+    limit_gpu(settings(9_000))
+    assert limits == [(0.25, 1), (1.0, 1)]
+
+
+def test_a_budget_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    limit_gpu(settings(None))
+    with pytest.raises(StartupError, match="computes on the CPU"):
+        limit_gpu(settings(2_000))

@@ -111,6 +111,16 @@ def test_another_base_is_another_entry(base, tmp_path):
     assert len(cached(tmp_path)) == 2
 
 
+def test_files_that_were_written_anew_are_another_base(base, tmp_path):
+    """The fingerprint reads only a file's header and its end."""
+    load(base)
+    path = base / "model.safetensors"
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    load(base)
+    assert len(cached(tmp_path)) == 2
+
+
 def cut_off(kept):
     path = kept / "model-00001.safetensors"
     os.truncate(path, path.stat().st_size - 5)

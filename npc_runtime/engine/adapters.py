@@ -37,6 +37,14 @@ class FailedLoad(NamedTuple):
     error: WireError
 
 
+class _Load(NamedTuple):
+    """An adapter and the pages it is to have, free once the device has reached `after`."""
+
+    name: str
+    pages: list[int]
+    after: torch.cuda.Event | None
+
+
 class AdapterStore:
     """Adapters by name. The pool is no larger than all adapters together need."""
 
@@ -58,7 +66,7 @@ class AdapterStore:
         self._device = device
         self.host = HostCopies(shape, layout, dtype=dtype, max_bytes=max_host_bytes, pinned=device.type == "cuda")
         self._opened: tuple[PagePool, Tensor] | None = None
-        self._wanted: queue.SimpleQueue[tuple[str, list[int]] | None] = queue.SimpleQueue()
+        self._wanted: queue.SimpleQueue[_Load | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[tuple[str, Exception | None]] = queue.SimpleQueue()
         self._loader: threading.Thread | None = None
         self._closing = False
@@ -176,17 +184,21 @@ class AdapterStore:
         if self._loader is None:
             self._loader = threading.Thread(target=self._run_loader, name="adapter loader", daemon=True)
             self._loader.start()
-        self._wanted.put((name, pages))
+        # A step that samples nothing is not waited for: it may still read the adapter that makes room here.
+        after = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
+        self._wanted.put(_Load(name, pages, after))
 
     def _run_loader(self) -> None:
         stream: torch.cuda.Stream | None = None
-        if self._device.type == "cuda":
-            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        while (wanted := self._wanted.get()) is not None and not self._closing:
-            name, pages = wanted
+        while (load := self._wanted.get()) is not None and not self._closing:
+            name, pages, after = load
             try:
+                if after is not None and stream is None:
+                    stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
                 # On its own stream, so that a copy to the GPU runs beside the step that decodes.
                 with torch.cuda.stream(stream):
+                    if stream is not None and after is not None:
+                        stream.wait_event(after)
                     self._write(name, pages)
                 if stream is not None:
                     stream.synchronize()

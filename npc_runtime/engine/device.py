@@ -28,7 +28,7 @@ class Device:
 def choose_device(dtype: DTypeName) -> Device:
     """Take the GPU if torch can use one. `auto` is bfloat16 where the hardware multiplies it, else float32."""
     if torch.cuda.is_available():
-        device, name = torch.device("cuda"), torch.cuda.get_device_name()
+        device, name = torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
         has_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
     else:
         device, name = torch.device("cpu"), f"cpu, {torch.get_num_threads()} threads"

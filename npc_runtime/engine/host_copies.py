@@ -118,12 +118,16 @@ class HostCopies:
     def _keep(self, name: str, copy: AdapterPages) -> None:
         """Keep the copy as the most recently used one, if it fits at all."""
         known = self._copies.pop(name, None)
-        self.num_bytes -= known.pages.nbytes if known is not None else 0
+        self.num_bytes -= self._bytes_of(known) if known is not None else 0
         if self._max_bytes is not None:
-            if copy.pages.nbytes > self._max_bytes:
+            if self._bytes_of(copy) > self._max_bytes:
                 return
-            while self.num_bytes + copy.pages.nbytes > self._max_bytes:
+            while self.num_bytes + self._bytes_of(copy) > self._max_bytes:
                 _, dropped = self._copies.popitem(last=False)
-                self.num_bytes -= dropped.pages.nbytes
+                self.num_bytes -= self._bytes_of(dropped)
         self._copies[name] = copy
-        self.num_bytes += copy.pages.nbytes
+        self.num_bytes += self._bytes_of(copy)
+
+    def _bytes_of(self, copy: AdapterPages) -> int:
+        """What it takes of main memory: torch rounds pinned memory up to a power of two."""
+        return 1 << (copy.pages.nbytes - 1).bit_length() if self._pinned else copy.pages.nbytes

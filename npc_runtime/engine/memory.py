@@ -73,6 +73,7 @@ def fit_kv_tokens(
     )
 
 
-def keep_within(budget: int, memory: GpuMemory, device: torch.device) -> None:
-    """Let torch fail rather than take more than the budget: the game's frames come first."""
-    torch.cuda.set_per_process_memory_fraction(min(budget / memory.total, 1.0), device)
+def keep_within(budget: int, device: int) -> None:
+    """Let torch fail rather than take more bytes than the budget: the game's frames come first."""
+    _, total = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0), device)

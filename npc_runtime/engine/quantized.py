@@ -4,6 +4,7 @@ The linears of the layers become 4 bits, the head 8; the embedding, norms and bi
 an ordinary model folder (config, tokenizer, safetensors) in our own format, see `checkpoints.py`.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -214,7 +215,12 @@ def _finish(folder: ModelFolder, quantizer: Quantizer) -> None:
 
 
 def _cached(info: BaseInfo) -> Path:
-    return cache_folder() / "quantized" / f"{info.sha256[:16]}-int4-v{VERSION}"
+    """Its place; a base whose files were written anew since is another one, though its fingerprint may be the same."""
+    stamps = hashlib.sha256(info.sha256.encode())
+    for path in weight_files(info.folder):
+        status = path.stat()
+        stamps.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return cache_folder() / "quantized" / f"{stamps.hexdigest()[:16]}-int4-v{VERSION}"
 
 
 def _is_intact(folder: Path) -> bool:

@@ -22,7 +22,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from npc_runtime.errors import PersonaInvalid
 from npc_runtime.evaluation.checks import BREAKS_CHARACTER, Inspector
-from npc_runtime.persona import Context, Message, Persona
+from npc_runtime.persona import Persona
+from npc_runtime.prompt import Context, Message
 
 __all__ = ["Case", "Expected", "find_failures", "read_cases"]
 
@@ -103,6 +104,7 @@ class Case(_Part):
     player: str = Field(pattern=r"\S", max_length=2_000)
     history: tuple[_Turn, ...] = Field(default=(), max_length=32)
     context: _CaseContext | None = None
+    facts: dict[str, str | int | float | bool] = Field(default={}, max_length=1_000)
     must_contain: Contained = ()
     must_not_contain: Contained = ()
     max_words: int | None = Field(default=None, ge=1, le=1_000)
@@ -129,7 +131,7 @@ class Case(_Part):
             for turn in self.history
             for role, content in (("user", turn.player), ("assistant", turn.npc))
         ]
-        return persona.messages(history, self.player, context=self.context)
+        return persona.messages(history, self.player, context=self.context, facts=self.facts)
 
 
 class _File(_Part):

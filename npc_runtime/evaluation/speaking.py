@@ -12,7 +12,8 @@ from npc_runtime.engine.engine import Engine
 from npc_runtime.errors import ContextOverflow, EngineDied, WireError
 from npc_runtime.line import resolve_sampling
 from npc_runtime.loading import LoadedBase
-from npc_runtime.persona import Message, Persona
+from npc_runtime.persona import Persona
+from npc_runtime.prompt import Message
 from npc_runtime.protocol import LineSampling
 
 __all__ = ["Cue", "Reply", "seed_of", "speak"]

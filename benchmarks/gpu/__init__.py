@@ -1,0 +1,1 @@
+"""`make gpu`: what this project promises of NVIDIA GPUs, proved and measured on the one at hand."""
