@@ -193,13 +193,13 @@ def test_how_much_somebody_wrote_does_not_make_them_likelier():
         ("tests:\n  - player: a\n    must_contain: [ok, '/(/']\n", 3, "/(/ is no regular expression"),
         ("tests:\n  - player: a\n    context: {fact: [x]}\n", 3, "Did you mean 'facts'?"),
         ("tests:\n  - player: a\n    samples: many\n", 3, "samples: is no number"),
-        ("tests:\n  - player: a\n    player: b\n", 3, "duplicate key"),
+        ("tests:\n  - player: a\n    player: b\n", 3, "'player' is already there"),
         ("tests: []\n", 1, "tests: there are none"),
         ("tests: 3\n", 1, "is no list"),
         ("- player: a\n", 1, "the document"),
         ("", 1, "the document"),
         ("schema: 2\ntests: [{player: a}]\n", 1, "schema"),
-        ("x: &a 1\ny: *a\n", 2, "aliases"),
+        ("x: 1\ny: *a\n", 2, "aliases"),
         ("a: [\n", 2, "this is not YAML"),
     ],
 )
@@ -237,6 +237,15 @@ def test_a_test_has_history_and_context():
         {"player": "And now?", "history": [{"player": "Hi.", "npc": "Yes?"}], "context": {"mood": "tired"}}
     )
     assert [turn["content"] for turn in case.messages(odo())[1:]] == ["Hi.", "Yes?", "(Mood: tired.)\nAnd now?"]
+
+
+def test_a_test_has_facts_of_the_game(make_persona):
+    knows = [{"id": "secret", "text": "The bridge is out.", "when": "bridge.out"}]
+    persona = Persona.load(make_persona("guard", knows=knows))
+    case = {"player": "Can I cross?"}
+    told = Case.model_validate({**case, "facts": {"bridge.out": True}}).messages(persona)
+    assert "The bridge is out." in told[-1]["content"]
+    assert "The bridge is out." not in Case.model_validate(case).messages(persona)[-1]["content"]
 
 
 def test_the_shipped_tests_are_valid():

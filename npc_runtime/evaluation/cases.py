@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
+from npc_runtime.document import Document, DocumentError, read_document
+from npc_runtime.document import Path as Place
 from npc_runtime.errors import PersonaInvalid
 from npc_runtime.evaluation.checks import BREAKS_CHARACTER, Inspector
 from npc_runtime.persona import Persona
@@ -28,8 +30,6 @@ from npc_runtime.prompt import Context, Message
 __all__ = ["Case", "Expected", "find_failures", "read_cases"]
 
 FILE_NAME = "tests.yaml"
-MAX_FILE_BYTES = 256 * 1024
-MAX_DEPTH = 12
 
 PLAINLY = {
     "extra_forbidden": "is not a field here",
@@ -44,9 +44,6 @@ PLAINLY = {
     "bool_parsing": "is neither true nor false",
 }
 """What pydantic finds, in an author's words."""
-
-Place = tuple[int | str, ...]
-"""Where a value stands in the file: keys and positions, from the outermost in."""
 
 
 class _Part(BaseModel):
@@ -104,6 +101,7 @@ class Case(_Part):
     player: str = Field(pattern=r"\S", max_length=2_000)
     history: tuple[_Turn, ...] = Field(default=(), max_length=32)
     context: _CaseContext | None = None
+    facts: dict[str, JsonValue] = Field(default={}, max_length=1_000)
     must_contain: Contained = ()
     must_not_contain: Contained = ()
     max_words: int | None = Field(default=None, ge=1, le=1_000)
@@ -130,7 +128,7 @@ class Case(_Part):
             for turn in self.history
             for role, content in (("user", turn.player), ("assistant", turn.npc))
         ]
-        return persona.messages(history, self.player, context=self.context)
+        return persona.messages(history, self.player, context=self.context, facts=self.facts)
 
 
 class _File(_Part):
@@ -150,16 +148,16 @@ def read_cases(persona: Persona) -> tuple[Case, ...]:
     path = persona.folder / FILE_NAME
     if not path.is_file():
         return ()
-    document, lines = _read(path)
+    document = _read(path)
     try:
-        return _File.model_validate(document).tests
+        return _File.model_validate(document.value).tests
     except ValidationError as error:
         problems = error.errors()
         first = problems[0]
         more = f" ({len(problems) - 1} more in this file.)" if len(problems) > 1 else ""
         place = tuple(first["loc"])
         what = PLAINLY.get(first["type"], first["msg"].removeprefix("Value error, "))
-        line = lines.get(next(place[:n] for n in range(len(place), -1, -1) if place[:n] in lines), 1)
+        line = document.line_of(place)
         raise PersonaInvalid(f"{path}, line {line}: {_spell(place)}: {what}.", _remedy(first, place) + more) from error
 
 
@@ -181,52 +179,16 @@ def find_failures(case: Case, reply: str, inspector: Inspector) -> list[str]:
     return failures
 
 
-def _read(path: Path) -> tuple[Any, dict[Place, int]]:
-    """The values of a file, and the line of each, from 1. Raises `PersonaInvalid` for what is no plain YAML."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.events import AliasEvent
-
+def _read(path: Path) -> Document:
     try:
-        data = path.read_bytes()
-        if len(data) > MAX_FILE_BYTES:
-            raise PersonaInvalid(f"{path} is larger than {MAX_FILE_BYTES // 1024} KiB.", "Shorten it.")
-        text = data.decode("utf-8-sig")
-        for event in YAML(typ="safe", pure=True).parse(text):
-            if isinstance(event, AliasEvent):
-                line = event.start_mark.line + 1
-                raise PersonaInvalid(
-                    f"{path}, line {line}: aliases (*) are not read.", "Write the text out, or quote it."
-                )
-        document = YAML(typ="safe", pure=True).load(text)
-        lines: dict[Place, int] = {(): 1}
-        _find_lines(YAML(typ="safe", pure=True).compose(text), (), lines)
-    except PersonaInvalid:
-        raise
-    except Exception as error:  # besides YAMLError, ruamel's constructors raise whatever a bad tag provokes
-        mark = getattr(error, "problem_mark", None)
-        place = path if mark is None else f"{path}, line {mark.line + 1}"
-        reason = str(getattr(error, "problem", None) or error)
+        return read_document(path.read_bytes())
+    except DocumentError as error:
+        place = path if error.line is None else f"{path}, line {error.line}"
+        raise PersonaInvalid(f"{place}: {error.what}.", error.remedy) from error
+    except OSError as error:
         raise PersonaInvalid(
-            f"{place}: this is not YAML: {' '.join(reason.split())[:200]}.",
-            "Look at the indentation and the quotes; text with ': ' or ' #' in it stands in quotes.",
+            f"{path} cannot be read ({error.strerror or error}).", "Look at its permissions."
         ) from error
-    return document, lines
-
-
-def _find_lines(node: Any, place: Place, lines: dict[Place, int]) -> None:
-    if node is None:
-        return
-    lines.setdefault(place, node.start_mark.line + 1)
-    if len(place) > MAX_DEPTH:
-        return
-    if node.id == "sequence":
-        for number, item in enumerate(node.value):
-            _find_lines(item, (*place, number), lines)
-    elif node.id == "mapping":
-        for key, value in node.value:
-            name = str(key.value)
-            lines[(*place, name)] = key.start_mark.line + 1
-            _find_lines(value, (*place, name), lines)
 
 
 def _spell(place: Place) -> str:
