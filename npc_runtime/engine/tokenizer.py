@@ -144,16 +144,20 @@ class IncrementalText:
         self._ids: list[int] = []
         self._window = 0  # first token of the window
         self._read = 0  # tokens whose text was returned
+        self._ahead = 0  # characters that were returned of tokens behind those; the last one ends inside a character
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is now complete, often empty for pieces of a character."""
         self._ids.append(token_id)
         known = self._decoder.decode(self._ids[self._window : self._read])
-        text = self._decoder.decode(self._ids[self._window :])
-        if len(text) <= len(known) or text.endswith("\ufffd"):
-            return ""
-        self._window, self._read = self._read, len(self._ids)
-        return text[len(known) :]
+        text = self._decoder.decode(self._ids[self._window :])[len(known) :]
+        whole = text.rstrip("\ufffd")
+        piece = whole[self._ahead :]
+        if whole and whole == text:
+            self._window, self._read, self._ahead = self._read, len(self._ids), 0
+        else:
+            self._ahead = max(self._ahead, len(whole))
+        return piece
 
 
 def _read_json(path: Path) -> dict[str, Any]:
