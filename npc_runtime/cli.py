@@ -3,7 +3,6 @@
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
 
-import io
 import json
 import logging
 import os
@@ -17,11 +16,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from npc_runtime import __version__
+from npc_runtime.adapter_commands import adapter_app
 from npc_runtime.engine.embedded import EMBEDDED_BASE, ensure_embedded_base
 from npc_runtime.errors import EngineDied, NpcError
+from npc_runtime.options import AsJson, Base, Personas, default_personas, prepare_process
+from npc_runtime.persona_commands import persona_app
 
 if TYPE_CHECKING:
-    from npc_runtime.persona import Library
+    from npc_runtime.train import Epoch
 
 __all__ = ["main"]
 
@@ -33,8 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-persona_app = typer.Typer(help="List, check and render personas.", no_args_is_help=True)
 app.add_typer(persona_app, name="persona")
+app.add_typer(adapter_app, name="adapter", callback=prepare_process)
 
 
 class DType(StrEnum):
@@ -45,6 +47,14 @@ class DType(StrEnum):
     AUTO = "auto"
 
 
+class Part(StrEnum):
+    """What `evaluate` can do."""
+
+    MATRIX = "matrix"
+    LINES = "lines"
+    TESTS = "tests"
+
+
 class Quantize(StrEnum):
     """In how many bits the base's linears are held."""
 
@@ -53,16 +63,10 @@ class Quantize(StrEnum):
     NONE = "none"
 
 
-Base = Annotated[str, typer.Option(help="The embedded base's name, or a model folder.", metavar="NAME|PATH")]
-Personas = Annotated[
-    Path | None,
-    typer.Option(help="Folder of persona folders; default ./personas if it exists, else the shipped ones."),
-]
 DTypeOption = Annotated[DType, typer.Option(help="auto: bfloat16 where the hardware multiplies it.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads; default: physical cores, of more than four all but one.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -114,19 +118,22 @@ def serve(
             metavar="MIB", min=1, help="GPU: all that the daemon may take of its memory; the game has the rest."
         ),
     ] = None,
+    max_adapter_rank: Annotated[
+        int, typer.Option(min=1, max=128, help="Adapters of higher ranks are refused; a line pays for every 16.")
+    ] = 64,
 ) -> None:
     """Run the daemon until Ctrl-C. Its first line on stdout says port and token, as JSON."""
     from npc_runtime.console import progress_bars, stderr
     from npc_runtime.daemon import run_daemon
     from npc_runtime.loading import Settings
 
-    _prepare_process()
+    prepare_process()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("websockets").setLevel(logging.ERROR)
     logging.raiseExceptions = False  # a spawner may close the pipe that stderr is
     settings = Settings(
         base=base,
-        personas=personas or _default_personas(),
+        personas=personas or default_personas(),
         host=host,
         port=port,
         dtype=dtype.value,
@@ -138,6 +145,7 @@ def serve(
         adapter_mib=adapter_memory,
         kv_mib=kv_memory,
         gpu_mib=gpu_memory,
+        max_adapter_rank=max_adapter_rank,
     )
     status = 0
     try:
@@ -169,7 +177,7 @@ def demo(
     from npc_runtime.demo import SHOUT, default_serve_options, play, show
     from npc_runtime.persona import shipped_personas
 
-    _prepare_process()
+    prepare_process()
     chatter = stderr()
     if base == EMBEDDED_BASE:
         with progress_bars(chatter) as report:
@@ -210,8 +218,8 @@ def bench(
     from npc_runtime.bench import find_daemon, measure
     from npc_runtime.console import progress_bars, stderr
 
-    _prepare_process()
-    target = find_daemon(project, personas or _default_personas(), url=url, token=token)
+    prepare_process()
+    target = find_daemon(project, personas or default_personas(), url=url, token=token)
     with progress_bars(stderr()) as report:
         label = f"{npcs} NPCs, {rounds} rounds"
         result = asyncio.run(
@@ -240,7 +248,7 @@ def quantize_base(
     from npc_runtime.engine.quantized import write_quantized
     from npc_runtime.engine.weights import describe_base, read_config, resolve_base
 
-    _prepare_process()
+    prepare_process()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     with progress_bars(stderr()) as report:
         path = resolve_base(base, report)
@@ -260,92 +268,102 @@ def quantize_base(
     typer.echo(f"{before} became {after}, in {folder}")
 
 
-@persona_app.command("list")
-def persona_list(personas: Personas = None, as_json: AsJson = False) -> None:
-    """List the personas of a folder."""
-    library = _load_library(personas)
-    rows = [{"id": p.id, "display_name": p.display_name, "adapter": p.adapter_name} for p in library]
-    if as_json:
-        typer.echo(json.dumps(rows, ensure_ascii=False))
-        return
-    for row in rows:
-        typer.echo(f"{row['id']:<16} {row['display_name']:<20} {row['adapter'] or 'prompt only'}")
-    for persona_id, problem in library.problems.items():
-        typer.echo(f"{persona_id:<16} unusable: {problem}")
-
-
-@persona_app.command("check")
-def persona_check(personas: Personas = None, base: Base = EMBEDDED_BASE) -> None:
-    """Check every persona file and adapter against the base; exit status 1 if anything is wrong."""
-    from npc_runtime.console import progress_bars, stderr
-    from npc_runtime.loading import check_personas
-
-    _prepare_process()
-    library = _load_library(personas)
-    logging.disable(logging.WARNING)  # the table below says the same
-    with progress_bars(stderr()) as report:
-        notes = check_personas(library, base, report)
-    for persona_id in sorted({*notes, *library.problems}):
-        problem = library.problems.get(persona_id)
-        typer.echo(f"{persona_id:<16} {problem or 'ok, ' + notes[persona_id]}")
-    if library.problems:
-        raise typer.Exit(1)
-
-
-@persona_app.command("render")
-def persona_render(
-    persona_id: Annotated[str, typer.Argument(metavar="ID")],
-    text: Annotated[str, typer.Option(help="What the player says.")],
-    personas: Personas = None,
-    base: Base = EMBEDDED_BASE,
-    as_json: AsJson = False,
-) -> None:
-    """Print the exact prompt of a line and its token ids."""
-    from npc_runtime.console import progress_bars, stderr
-    from npc_runtime.engine.tokenizer import ChatTokenizer
-    from npc_runtime.engine.weights import resolve_base
-
-    _prepare_process()
-    persona = _load_library(personas).find(persona_id)
-    with progress_bars(stderr()) as report:
-        tokenizer = ChatTokenizer(resolve_base(base, report))
-    prompt = tokenizer.render(persona.messages([], text))
-    if as_json:
-        body = {"persona": persona.id, "prompt": prompt.text, "token_ids": list(prompt.token_ids)}
-        typer.echo(json.dumps(body, ensure_ascii=False))
-    else:
-        typer.echo(prompt.text)
-        typer.echo(f"{len(prompt.token_ids)} tokens", err=True)
-
-
 @app.command()
 def train(
-    folder: Annotated[Path, typer.Argument(help="The persona's folder, with lines.jsonl and heldout.jsonl.")],
+    folder: Annotated[Path, typer.Argument(help="The persona's folder, with lines.jsonl and perhaps heldout.jsonl.")],
     base: Base = EMBEDDED_BASE,
+    rank: Annotated[int, typer.Option(min=1, max=64, help="Twice as many make the adapter twice as large.")] = 8,
     epochs: Annotated[int, typer.Option(min=1, max=100)] = 3,
+    learning_rate: Annotated[float, typer.Option(min=1e-6, max=1e-1)] = 5e-4,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="The adapter's folder; default: 'adapter' in the persona's.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew instead of where a run was stopped.")] = False,
 ) -> None:
-    """Train a persona's adapter; the epoch with the lowest held-out loss is kept."""
-    from npc_runtime.console import progress_bars, stderr
+    """Train a persona's adapter, the epoch with the lowest held-out loss; a run that was stopped goes on."""
+    from npc_runtime.console import progress_bars, stderr, step_bar
     from npc_runtime.engine.weights import resolve_base
     from npc_runtime.persona import Persona
     from npc_runtime.train import Recipe, train_persona
 
-    _prepare_process()
+    prepare_process()
     persona = Persona.load(folder.resolve())
-    with progress_bars(stderr()) as report:
+    target = (out or persona.folder / "adapter").resolve()
+    chatter = stderr()
+    with progress_bars(chatter) as report:
         path = resolve_base(base, report)
-        label = f"training {persona.id}"
+    with step_bar(chatter, f"training {persona.id}") as bar:
         results = train_persona(
             persona,
             path,
             base_name=base if base == EMBEDDED_BASE else path.resolve().name,
-            recipe=Recipe(epochs=epochs, seed=seed),
-            on_step=lambda step, steps, _: report(label, step / steps),
+            recipe=Recipe(rank=rank, epochs=epochs, learning_rate=learning_rate, seed=seed),
+            out=target,
+            restart=restart,
+            on_step=lambda done: bar.step(done.step, done.num_steps, f"loss {done.loss:.2f}", done.seconds_left),
+            on_epoch=lambda epoch: bar.say(_describe_epoch(epoch)),
+            on_note=bar.say,
         )
     for epoch in results:
-        kept = "  kept" if epoch.kept else ""
-        typer.echo(f"epoch {epoch.number}: train {epoch.train:.3f}, held-out {epoch.heldout:.3f}{kept}")
+        typer.echo(_describe_epoch(epoch))
+    if all((persona.folder / ref.path).resolve() != target for ref in persona.adapter):
+        hint = f"adapter: {Path(os.path.relpath(target, persona.folder)).as_posix()}"
+        chatter.print(f"{persona.folder / 'persona.yaml'} does not use it yet; add: {hint}")
+
+
+def _describe_epoch(epoch: "Epoch") -> str:
+    kept = "  kept" if epoch.kept else ""
+    return f"epoch {epoch.number}: train {epoch.train:.3f}, held-out {epoch.heldout:.3f}{kept}"
+
+
+@app.command()
+def evaluate(
+    only: Annotated[
+        list[str] | None, typer.Argument(metavar="[PERSONAS]...", help="Whom to judge; default: all.")
+    ] = None,
+    personas: Personas = None,
+    base: Base = EMBEDDED_BASE,
+    samples: Annotated[int, typer.Option(min=1, max=1_000, help="Generated lines for each persona.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of the generated lines; tests have their own.")] = 0,
+    part: Annotated[list[Part] | None, typer.Option(help="May be given again; default: all three.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the picture and the JSON.")] = None,
+    dtype: DTypeOption = DType.AUTO,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge personas: held-out losses under every adapter, generated lines, and their tests.
+
+    The exit status is 1 if a test in a persona's tests.yaml fails.
+    """
+    from rich.console import Console
+
+    from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.evaluate import Task, evaluate_personas, write_results
+    from npc_runtime.evaluation.picture import check_pillow
+    from npc_runtime.evaluation.tables import print_tables
+
+    prepare_process()
+    if out is not None:
+        check_pillow()
+    task = Task(
+        personas=personas or default_personas(),
+        base=base,
+        only=tuple(only or ()),
+        parts=tuple(entry.value for entry in part or Part),
+        samples=samples,
+        seed=seed,
+        dtype=dtype.value,
+        threads=threads,
+    )
+    with progress_bars(stderr()) as report:
+        evaluation = evaluate_personas(task, report)
+    if out is not None:
+        write_results(evaluation, out)
+    if as_json:
+        typer.echo(evaluation.to_json())
+    else:
+        print_tables(evaluation, Console(highlight=False))
+    if not evaluation.is_green:
+        raise typer.Exit(1)
 
 
 def main() -> None:
@@ -361,37 +379,6 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _stop(*_: object) -> None:
-    """Leave through all `finally`s, so that what is half done is cleaned up."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(0)
-
-
-def _prepare_process() -> None:
-    """Keep the libraries quiet, offline (models come from folders, not from a hub) and modest; stdout in UTF-8."""
-    from npc_kernels.openmp import sleep_while_waiting
-
-    sleep_while_waiting()
-    signal.signal(signal.SIGTERM, _stop)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def _default_personas() -> Path:
-    from npc_runtime.persona import shipped_personas
-
-    return Path("personas") if Path("personas").is_dir() else shipped_personas()
-
-
-def _load_library(personas: Path | None) -> "Library":
-    from npc_runtime.persona import Library
-
-    return Library.load(personas or _default_personas())
 
 
 def _print_totals(totals: dict[str, object]) -> None:

@@ -7,6 +7,7 @@ import secrets
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -36,6 +37,7 @@ from npc_runtime.loading import (
 )
 from npc_runtime.persona import Library
 from npc_runtime.protocol import PROTOCOL_VERSION, BaseModelInfo
+from npc_runtime.reload import PersonaWatch
 from npc_runtime.server import NpcServer
 from npc_runtime.session import DaemonInfo
 
@@ -76,6 +78,7 @@ def _load_and_serve(
 ) -> Handover | None:
     """Serve on the port that was taken over, or on a new one; returns what the next process takes over, if any."""
     torch.set_num_threads(settings.threads or choose_threads())
+    loaded_at = time.time()
     library = load_library(settings.personas)
     if settings.host not in LOOPBACK and not settings.needs_token:
         raise StartupError(f"--no-auth is refused on {settings.host}.", "Only loopback may go without a token.")
@@ -91,13 +94,13 @@ def _load_and_serve(
                 quantize=settings.quantize,
             )
         config = make_config(settings, base.decoder.shape, base.device)
-        adapters = make_store(base.decoder.shape, base.device, config)
+        adapters = make_store(base.decoder.shape, base.device, config, base.info.folder)
         load_adapters(adapters, library, base.info.name)
         config = fit_gpu(settings, base, adapters, config)
         server = _make_server(settings, handover, base, library, config)
         # Not on the loop: what takes long must end at once when Ctrl-C asks for it.
         engine = _make_engine(base, adapters, config, server, progress)
-        return asyncio.run(_serve(settings, handover, base, library, server, engine))
+        return asyncio.run(_serve(settings, handover, base, library, server, engine, loaded_at))
 
 
 def _make_server(
@@ -141,7 +144,13 @@ def _make_engine(
 
 
 async def _serve(
-    settings: Settings, handover: Handover, base: LoadedBase, library: Library, server: NpcServer, engine: Engine
+    settings: Settings,
+    handover: Handover,
+    base: LoadedBase,
+    library: Library,
+    server: NpcServer,
+    engine: Engine,
+    loaded_at: float,
 ) -> Handover | None:
     asked = asyncio.Event()
     restore_signals = _stop_on_signals(asked, server.is_over)
@@ -157,7 +166,16 @@ async def _serve(
         "%s on %s, %d personas; ws://%s:%d/v1; token and port in %s; Ctrl-C stops",
         *(base.info.name, base.device.name, len(library), settings.host, port, path),
     )
+    watch = PersonaWatch(
+        library,
+        settings.personas,
+        loaded_at=loaded_at,
+        replace_adapter=server.replace_adapter,
+        announce=server.announce,
+    )
+    watch.start()
     await server.is_over.wait()
+    await watch.close()
     successor = None
     try:
         if engine.has_died and not asked.is_set():

@@ -4,6 +4,7 @@
     ├── StartupError            before the socket opens; the CLI prints it as one line
     ├── EngineDied              the daemon's engine ended while it served, and no process takes its place
     ├── DisconnectedError       a client's own: the connection to the daemon is gone
+    ├── CardInvalid             a character card that cannot be read; the message names file and place
     └── WireError               has a `code`; reaches the client in `error`, `accepted` or `line.end`
         ├── AuthError               auth
         ├── ProtocolError           protocol
@@ -31,6 +32,7 @@ __all__ = [
     "AdapterIncompatible",
     "AdapterMissing",
     "AuthError",
+    "CardInvalid",
     "ContextOverflow",
     "DeadlineError",
     "DeviceFailed",
@@ -74,6 +76,10 @@ class EngineDied(NpcError):
 
 class DisconnectedError(NpcError):
     """The daemon closed the connection, cannot be reached, or did not answer in time."""
+
+
+class CardInvalid(NpcError):
+    """A file that is no character card, or one that is damaged or out of bounds."""
 
 
 class WireError(NpcError):

@@ -1,17 +1,19 @@
 """One line of dialogue: what was asked, resolved against its persona, and what is said about it on the wire."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from npc_runtime import protocol as wire
-from npc_runtime.errors import InvalidError, WireError
-from npc_runtime.persona import Message, Persona, Sampling
+from npc_runtime.errors import FormatUnsupported, InvalidError, WireError
+from npc_runtime.persona import Persona
+from npc_runtime.prompt import Message, Prompt
+from npc_runtime.schema import Sampling
 
 if TYPE_CHECKING:
     from npc_runtime.engine.core import Ended, Started
 
-__all__ = ["Job", "Line", "Renderer", "chat_messages", "error_info", "line_end", "line_start", "resolve_sampling"]
+__all__ = ["Job", "Line", "Renderer", "error_info", "line_end", "line_prompt", "line_start", "resolve_sampling"]
 
 
 class Renderer(Protocol):
@@ -46,13 +48,19 @@ class Line:
     job: Job
     persona: Persona
     prompt_hash: str
+    note: str | None = None  # what the prompt had to leave out
     seq: int = 0
     pending: str = ""
     has_spoken: bool = False
 
 
-def chat_messages(request: wire.LineRequest, persona: Persona) -> list[Message]:
-    """The chat messages of a line. Raises `InvalidError` for an empty or too long text."""
+def line_prompt(request: wire.LineRequest, persona: Persona, facts: Mapping[str, Any]) -> Prompt:
+    """What the model is to read for a line, `facts` being the game's. Raises `InvalidError` for a bad text."""
+    if persona.format.kind != "text" and "format" not in request.model_fields_set:
+        raise FormatUnsupported(
+            f"The format '{persona.format.kind}' of {persona.id} is not served yet.",
+            "Remove 'format' from the persona, or send format{kind: text}.",
+        )
     if (request.input is None) == (request.messages is None):
         raise InvalidError("A line needs either 'input' or 'messages'.", "Send input{text}.")
     if request.input is not None:
@@ -72,7 +80,7 @@ def chat_messages(request: wire.LineRequest, persona: Persona) -> list[Message]:
             f"'{field_name}' has {num_chars} characters.",
             f"The limit is {wire.LIMITS['text_chars']}; shorten it.",
         )
-    return persona.messages(history, text, speaker=speaker, context=request.context)
+    return persona.prompt(history, text, speaker=speaker, context=request.context, facts=facts)
 
 
 def resolve_sampling(asked: wire.LineSampling, persona: Persona, new_seed: Callable[[], int]) -> wire.LineSampling:

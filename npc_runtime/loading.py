@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,14 +17,23 @@ from npc_runtime.engine.memory import MIN_KV_TOKENS, fit_kv_tokens, keep_within,
 from npc_runtime.engine.model import Decoder, Kernels, ModelShape, PageLayout, choose_kernels
 from npc_runtime.engine.quantized import Quantize, has_code_kernels, is_to_be_quantized, load_quantized
 from npc_runtime.engine.tokenizer import ChatTokenizer
-from npc_runtime.engine.weights import BaseInfo, describe_base, iterate_weights, read_config, resolve_base
-from npc_runtime.errors import AdapterIncompatible, StartupError, WireError
+from npc_runtime.engine.weights import (
+    BaseInfo,
+    dense_weights,
+    describe_base,
+    iterate_weights,
+    read_config,
+    resolve_base,
+)
+from npc_runtime.errors import AdapterIncompatible, ContextOverflow, StartupError, WireError
 from npc_runtime.persona import Library, Persona
 
 __all__ = [
     "LoadedBase",
     "Settings",
+    "adapter_parts",
     "check_personas",
+    "find_context",
     "fit_gpu",
     "limit_gpu",
     "load_adapters",
@@ -55,6 +65,7 @@ class Settings:
     adapter_mib: int | None = None  # None: `EngineConfig`'s
     kv_mib: int | None = None  # None: `EngineConfig`'s, but at most MAX_DEFAULT_KV_BYTES
     gpu_mib: int | None = None  # of everything on the GPU; None: no bound but what is free
+    max_adapter_rank: int | None = None  # None: `EngineConfig`'s
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +157,8 @@ def make_config(settings: Settings, shape: ModelShape, device: Device) -> Engine
             f"--kv-memory {settings.kv_mib} holds {num_tokens} tokens of this base.", f"Use {needed} or more."
         )
     config = replace(config, kv_tokens=num_tokens // config.block_size * config.block_size)
+    if settings.max_adapter_rank is not None:
+        config = replace(config, max_adapter_rank=settings.max_adapter_rank)
     if settings.adapter_mib is not None:
         num_bytes = settings.adapter_mib * 2**20
         config = replace(config, adapter_pool_bytes=num_bytes, adapter_host_bytes=num_bytes)
@@ -192,8 +205,8 @@ def _kv_token_bytes(shape: ModelShape, device: Device) -> int:
     return 2 * shape.num_layers * shape.kv_size * device.dtype.itemsize
 
 
-def make_store(shape: ModelShape, device: Device, config: EngineConfig) -> AdapterStore:
-    """An empty adapter store for a base."""
+def make_store(shape: ModelShape, device: Device, config: EngineConfig, folder: Path | None = None) -> AdapterStore:
+    """An empty adapter store for a base; from its folder come the weights that DoRA adapters are computed from."""
     return AdapterStore(
         shape,
         PageLayout.of(shape),
@@ -202,7 +215,15 @@ def make_store(shape: ModelShape, device: Device, config: EngineConfig) -> Adapt
         max_pages=config.max_adapter_pages,
         max_pool_bytes=config.adapter_pool_bytes,
         max_host_bytes=config.adapter_host_bytes,
+        max_rank=config.max_adapter_rank,
+        base=None if folder is None else partial(dense_weights, folder),
+        spare_pages=config.spare_adapter_pages,
     )
+
+
+def adapter_parts(persona: Persona) -> list[tuple[Path, float]]:
+    """Folders and scales of a persona's adapters."""
+    return [(persona.folder / ref.path, ref.scale) for ref in persona.adapter]
 
 
 def load_adapters(store: AdapterStore, library: Library, base_name: str) -> dict[str, str]:
@@ -216,7 +237,7 @@ def load_adapters(store: AdapterStore, library: Library, base_name: str) -> dict
             notes[persona.id] = "prompt only"
             continue
         try:
-            pages = store.add(persona.id, [(persona.folder / ref.path, ref.scale) for ref in persona.adapter])
+            pages = store.add(persona.id, adapter_parts(persona))
         except Exception as error:  # files come from anywhere; whatever is wrong is this persona's problem alone
             problem = error if isinstance(error, WireError) else _unreadable(persona, error)
             library.reject(persona.id, problem)
@@ -229,13 +250,28 @@ def load_adapters(store: AdapterStore, library: Library, base_name: str) -> dict
     return notes
 
 
+def find_context(folder: Path) -> int:
+    """The tokens that a daemon with default settings has for prompt and reply together."""
+    return min(ModelShape.from_config(read_config(folder)).context, EngineConfig().kv_tokens)
+
+
 def check_personas(library: Library, base: str, on_progress: OnProgress) -> dict[str, str]:
-    """Check all adapters as the daemon would, without loading the base's weights; notes as `load_adapters`."""
+    """Check all adapters and prompts as the daemon would, without loading the base's weights; notes as
+    `load_adapters`.
+    """
     device = choose_device("auto")
     folder = resolve_base(base, on_progress)
     config = EngineConfig(adapter_host_bytes=0)  # nothing is going to speak
-    store = make_store(ModelShape.from_config(read_config(folder)), device, config)
-    return load_adapters(store, library, describe_base(base, folder).name)
+    store = make_store(ModelShape.from_config(read_config(folder)), device, config, folder)
+    notes = load_adapters(store, library, describe_base(base, folder).name)
+    tokenizer, context = ChatTokenizer(folder), find_context(folder)
+    for persona in list(library):
+        size = len(tokenizer.render(persona.messages([], "")).token_ids)
+        notes[persona.id] += f", a prompt of {size} tokens"
+        if size + persona.limits.hard_tokens > context:
+            what = f"The prompt of {persona.id} has {size} tokens before anybody spoke; the base holds {context}."
+            library.reject(persona.id, ContextOverflow(what, "Shorten bio, examples, or knowledge without 'when'."))
+    return notes
 
 
 def _unreadable(persona: Persona, error: Exception) -> AdapterIncompatible:

@@ -1,120 +1,55 @@
-"""The persona file, the messages it turns a player's line into, and the folder of personas a daemon serves.
+"""The persona file and the folder of personas a daemon serves.
 
 A persona is a folder `personas/<id>/` with `persona.yaml` in it. This module knows authored characters; it knows
 nothing of tokens, models or sockets.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
+    JsonValue,
     PrivateAttr,
     ValidationError,
+    field_serializer,
     field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from npc_runtime.document import Document, DocumentError, change_document, read_document, write_document
+from npc_runtime.errors import PersonaInvalid, PersonaUnknown, StartupError, WireError
+from npc_runtime.prompt import Context, Message, Prompt, build_prompt
+from npc_runtime.schema import (
+    MAX_TEXT,
+    Action,
+    AdapterRef,
+    Example,
+    Fallback,
+    Format,
+    Guardrails,
+    Knowledge,
+    Limits,
+    Part,
+    Phrases,
+    Sampling,
+    Text,
+    Voice,
+    find_reason,
+    find_remedy,
 )
 
-from npc_runtime.errors import PersonaInvalid, PersonaUnknown, StartupError, WireError
-
-__all__ = [
-    "AdapterRef",
-    "Context",
-    "Document",
-    "Example",
-    "Fallback",
-    "Library",
-    "Limits",
-    "Message",
-    "Persona",
-    "Sampling",
-    "shipped_personas",
-]
+__all__ = ["FILE_NAME", "Library", "Persona", "find_problems", "shipped_personas"]
 
 SCHEMA_VERSION = 1
-MAX_FILE_BYTES = 256 * 1024
-
-Message = dict[str, str]
-"""A chat message: `role` (system, user, assistant) and `content`."""
-
-
-class Document(BaseModel):
-    """Part of a persona file; a key that the schema does not know is an error, so that a typo is found."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Example(Document):
-    """One exchange that shows the voice; rendered as an earlier turn."""
-
-    player: str = Field(min_length=1, max_length=2_000)
-    npc: str = Field(min_length=1, max_length=2_000)
-
-
-class AdapterRef(Document):
-    """A LoRA folder in PEFT's format, relative to the persona's folder, and its strength."""
-
-    path: str = Field(min_length=1, max_length=1_000)
-    scale: float = Field(default=1.0, ge=-4.0, le=4.0)
-
-    @field_validator("path")
-    @classmethod
-    def _is_local(cls, value: str) -> str:
-        if value.startswith(("//", "\\\\")) or "\0" in value:  # Windows would log in to the share's host
-            raise ValueError("a network path is not allowed")
-        return value
-
-
-class Sampling(Document):
-    """How the persona's lines are sampled unless a line says otherwise."""
-
-    temperature: float = Field(default=0.7, ge=0.0, le=5.0)
-    top_p: float = Field(default=0.95, gt=0.0, le=1.0)
-    top_k: int = Field(default=0, ge=0, le=1_000_000)
-    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
-    repetition_penalty: float = Field(default=1.0, ge=0.1, le=5.0)
-    stop: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = Field(default=(), max_length=8)
-
-
-class Limits(Document):
-    """How long a line may be: it ends at the first sentence end after `soft_words`, and always at `hard_tokens`."""
-
-    soft_words: int = Field(default=20, ge=1, le=1_000)
-    hard_tokens: int = Field(default=60, ge=1, le=1_024)
-
-
-FallbackLines = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=1_000)], ...], Field(max_length=32)]
-
-
-class Fallback(Document):
-    """Authored lines for when nothing could be generated."""
-
-    timeout: FallbackLines = ()
-    refusal: FallbackLines = ()
-    greeting: FallbackLines = ()
-    busy: FallbackLines = ()
-
-
-class Context(BaseModel):
-    """What is true for this turn only; goes in front of the player's words, so that what precedes stays cached."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    facts: tuple[Annotated[str, Field(max_length=1_000)], ...] = Field(default=(), max_length=32)
-    scene: str | None = Field(default=None, max_length=2_000)
-    mood: str | None = Field(default=None, max_length=200)
-    nearby: tuple[Annotated[str, Field(max_length=200)], ...] = Field(default=(), max_length=32)
-
-    def sentences(self) -> list[str]:
-        """The context in words, one statement each."""
-        said = [f"Scene: {self.scene}"] if self.scene else []
-        said += [f"Mood: {self.mood}"] if self.mood else []
-        said += [f"Nearby: {', '.join(self.nearby)}"] if self.nearby else []
-        return said + list(self.facts)
+FILE_NAME = "persona.yaml"
+MAX_PROBLEMS = 50
+MAX_READ = 1 << 20  # more than a document may have, so that too much is noticed and never held
 
 
 def _as_adapters(value: Any) -> Any:
@@ -123,25 +58,79 @@ def _as_adapters(value: Any) -> Any:
     return tuple({"path": entry} if isinstance(entry, str) else entry for entry in entries)
 
 
-class Persona(Document):
+def _as_actions(value: Any) -> Any:
+    """Read the two spellings of an action: its name, or a map."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple({"name": entry} if isinstance(entry, str) else entry for entry in value)
+
+
+class Persona(Part):
     """An authored character."""
 
     version: int = Field(alias="schema", strict=True, ge=1, le=SCHEMA_VERSION)
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
     display_name: str = Field(min_length=1, max_length=200)
-    bio: str = Field(min_length=1, max_length=4_000)
-    speech_style: str = Field(default="", max_length=2_000)
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = Field(default=(), max_length=64)
+    locale: str = Field(default="", pattern=r"^([A-Za-z]{2,3}(-[A-Za-z0-9]{2,8}){0,4})?$")
+    bio: str = Field(min_length=1, max_length=MAX_TEXT)
+    personality: Text = ""
+    speech_style: Text = ""
+    scenario: Text = ""
+    goals: Phrases = ()
+    knows: tuple[Knowledge, ...] = Field(default=(), max_length=1_000)
+    never_says: Phrases = ()
+    guardrails: Guardrails = Guardrails()
+    greetings: tuple[Annotated[str, Field(min_length=1, max_length=MAX_TEXT)], ...] = Field(default=(), max_length=64)
     examples: tuple[Example, ...] = Field(default=(), max_length=32)
     adapter: Annotated[tuple[AdapterRef, ...], BeforeValidator(_as_adapters)] = Field(default=(), max_length=8)
     sampling: Sampling = Sampling()
     limits: Limits = Limits()
+    format: Format = Format()
+    emotions: tuple[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")], ...] = Field(default=(), max_length=32)
+    actions: Annotated[tuple[Action, ...], BeforeValidator(_as_actions)] = Field(default=(), max_length=64)
     fallback: Fallback = Fallback()
+    voice: Voice = Voice()
+    system_prompt: Text = ""
+    post_history_instructions: Text = ""
+    notes: Text = ""
+    card: dict[str, JsonValue] = Field(default={}, max_length=64)
+    locked: tuple[str, ...] = Field(default=(), max_length=64)
     _folder: Path = PrivateAttr(default=Path())
 
-    @field_validator("bio", "speech_style", "display_name", mode="before")
+    @field_validator("bio", "display_name", "personality", "speech_style", "scenario", mode="before")
     @classmethod
     def _strip(cls, value: Any) -> Any:
-        return " ".join(value.split()) if isinstance(value, str) else value
+        return value.strip() if isinstance(value, str) else value
+
+    @field_validator("knows")
+    @classmethod
+    def _have_their_own_ids(cls, value: tuple[Knowledge, ...]) -> tuple[Knowledge, ...]:
+        seen: set[str] = set()
+        for entry in value:
+            if entry.id in seen:
+                what = {"id": entry.id, "remedy": "Give every entry its own id."}
+                raise PydanticCustomError("same_id", "two entries have the id '{id}'", what)
+            seen.add(entry.id)
+        return value
+
+    @model_validator(mode="after")
+    def _locks_exist(self) -> Self:
+        names = {field.alias or name for name, field in type(self).model_fields.items()}
+        for name in self.locked:
+            if name not in names:
+                what = {"name": name[:64], "remedy": "Name fields of this file, like bio."}
+                raise PydanticCustomError("locked", "'locked' names '{name}', which is not a field", what)
+        return self
+
+    @field_serializer("adapter")
+    def _spell_adapter(self, value: tuple[AdapterRef, ...]) -> Any:
+        spelled = [ref.path if ref.scale == 1.0 else ref.model_dump() for ref in value]
+        return spelled[0] if len(spelled) == 1 else spelled
+
+    @field_serializer("actions")
+    def _spell_actions(self, value: tuple[Action, ...]) -> list[Any]:
+        return [action.model_dump() if action.description else action.name for action in value]
 
     @property
     def folder(self) -> Path:
@@ -153,58 +142,108 @@ class Persona(Document):
         """The adapter's name in the engine and in reports: the persona's id, or None for a prompt-only persona."""
         return self.id if self.adapter else None
 
-    def messages(
-        self, history: list[Message], text: str, *, speaker: str | None = None, context: Context | None = None
-    ) -> list[Message]:
-        """The chat messages whose next turn is the NPC's reply to `text`; `history` is earlier turns, oldest first."""
-        said = f"{speaker}: {text}" if speaker else text
-        if context and (notes := context.sentences()):
-            said = f"({' '.join(_as_sentence(note) for note in notes)})\n{said}"
-        turns = [
-            turn
-            for example in self.examples
-            for turn in (_message("user", example.player), _message("assistant", example.npc))
-        ]
-        return [_message("system", self.system_prompt()), *turns, *history, _message("user", said)]
+    @property
+    def always_known(self) -> list[str]:
+        """What it knows whatever the game's facts are."""
+        return [entry.text for entry in self.knows if entry.condition is None]
 
-    def system_prompt(self) -> str:
-        """Who the character is, how it speaks, and how much."""
-        parts = [f"You are {self.display_name}.", _as_sentence(self.bio), _as_sentence(self.speech_style)]
-        return " ".join(part for part in [*parts, "Reply in character, in one or two sentences."] if part)
+    @property
+    def asked_facts(self) -> list[str]:
+        """The names of all facts that its conditions ask for."""
+        return sorted({name for entry in self.knows if entry.condition for name in entry.condition.names})
+
+    def known(self, facts: Mapping[str, Any]) -> list[str]:
+        """What it knows because of these facts, the most important first."""
+        held = [entry for entry in self.knows if entry.condition is not None and entry.condition.holds(facts)]
+        return [entry.text for entry in sorted(held, key=lambda entry: -entry.priority)]
+
+    def prompt(
+        self,
+        history: Sequence[Message],
+        text: str,
+        *,
+        speaker: str | None = None,
+        context: Context | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """Everything the model reads before it replies to `text`; `history` is earlier turns, oldest first."""
+        return build_prompt(self, history, text, speaker=speaker, context=context, facts=facts or {})
+
+    def messages(
+        self,
+        history: Sequence[Message],
+        text: str,
+        *,
+        speaker: str | None = None,
+        context: Context | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> list[Message]:
+        """The chat messages of `prompt`."""
+        return self.prompt(history, text, speaker=speaker, context=context, facts=facts).messages
+
+    def to_document(self) -> dict[str, Any]:
+        """The fields that were set, as they stand in a file, in the order of the schema."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
     @classmethod
     def load(cls, folder: Path) -> "Persona":
-        """Read `folder/persona.yaml`. Raises `PersonaInvalid` naming file and field."""
-        path = folder / "persona.yaml"
-        document = _read_yaml(path)
-        version = document.get("schema")
-        if type(version) is int and version > SCHEMA_VERSION:
-            raise PersonaInvalid(
-                f"{path}: schema {version} is newer than this program reads ({SCHEMA_VERSION}).",
-                "Update npc-runtime, or save the persona for the older schema.",
-            )
+        """Read `folder/persona.yaml`. Raises `PersonaInvalid` naming file, line and field of the first problem."""
+        return _read(folder).usable()
+
+    @classmethod
+    def parse(cls, data: bytes, folder: Path) -> "Persona":
+        """Read what `folder/persona.yaml` would say. Raises as `load`."""
+        return _parse(folder, data).usable()
+
+    def save(self, folder: Path) -> Path:
+        """Write `folder/persona.yaml`: into a file that is there only what changed, its comments and order kept.
+
+        Raises `PersonaInvalid` if the file locks a field that would change, or if it is no YAML.
+        """
+        path = folder / FILE_NAME
+        wanted = self.to_document()
+        data = write_document(wanted)
+        if path.is_file():
+            old = _read_bytes(path)
+            before = _read_document(path, old)
+            raw = before.value if isinstance(before.value, dict) else {}
+            changed = {key for key in {**raw, **wanted} if self._differs(key, raw, wanted)}
+            if locked := sorted(changed & set(_texts(raw.get("locked")))):
+                raise PersonaInvalid(
+                    f"{path}, line {before.line_of((locked[0],))}: '{locked[0]}' is locked.",
+                    "Take it off the list 'locked' first.",
+                )
+            data = change_document(old, wanted, changed) if raw else data
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace_file(path, data)
+        return path
+
+    def _differs(self, key: str, raw: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+        if key not in raw:
+            default = type(self)(schema=1, id="x", display_name="x", bio="x")
+            return bool(wanted[key] != default.model_dump(mode="json", by_alias=True).get(key))
         try:
-            persona = cls.model_validate(document)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join(str(part) for part in first["loc"]) or "the document"
-            is_typo = first["type"] == "extra_forbidden"
-            what = "is not a field of a persona file" if is_typo else first["msg"].removeprefix("Value error, ")
-            raise PersonaInvalid(f"{path}: {field}: {what}.", "Correct this field.") from error
-        if persona.id != folder.name:
-            raise PersonaInvalid(
-                f"{path}: id '{persona.id}' is not the folder's name '{folder.name}'.", "Rename one of them."
-            )
-        persona._folder = folder
-        return persona
+            told = type(self).model_validate({"schema": 1, "id": "x", "display_name": "x", "bio": "x", key: raw[key]})
+        except ValidationError:
+            return True
+        return key not in wanted or bool(told.to_document()[key] != wanted[key])
 
 
 class Library:
-    """The personas of one folder that can speak; those that cannot are kept with the reason, in `problems`."""
+    """The personas of one folder that can speak; those that cannot are kept with the reason, in `problems`.
+
+    `stale` has what is wrong with newer files of a persona that speaks as it was before.
+    """
 
     def __init__(self, personas: Mapping[str, Persona], problems: Mapping[str, WireError]) -> None:
         self._personas = dict(personas)
         self.problems = dict(problems)
+        self.stale: dict[str, WireError] = {}
+
+    @property
+    def authored(self) -> list[Persona]:
+        """Every persona whose file could be read, whether it can speak or not."""
+        return list(self._personas.values())
 
     @classmethod
     def load(cls, folder: Path) -> "Library":
@@ -215,7 +254,7 @@ class Library:
         if not folder.is_dir():
             raise StartupError(f"--personas {folder}: there is no such folder.", "Name a folder of persona folders.")
         personas, problems = {}, {}
-        for path in sorted(path for path in folder.iterdir() if os.path.lexists(path / "persona.yaml")):
+        for path in sorted(path for path in folder.iterdir() if os.path.lexists(path / FILE_NAME)):
             try:
                 personas[path.name] = Persona.load(path)
             except WireError as error:
@@ -232,6 +271,21 @@ class Library:
         """Keep the persona from speaking, with the reason that lines for it get."""
         self.problems[persona_id] = problem
 
+    def put(self, persona: Persona) -> None:
+        """Let a persona speak, in place of the one with its id if there is one."""
+        self.remove(persona.id)
+        self._personas[persona.id] = persona
+
+    def remove(self, persona_id: str) -> None:
+        """Forget a persona, if it is known."""
+        for known in (self._personas, self.problems, self.stale):
+            known.pop(persona_id, None)
+
+    def object_to(self, persona_id: str, problem: WireError) -> None:
+        """Note what is wrong with a persona's newest files: one that speaks stays as it is."""
+        speaks = persona_id in self._personas and persona_id not in self.problems
+        (self.stale if speaks else self.problems)[persona_id] = problem
+
     def name_of(self, persona_id: str) -> str:
         """The display name of a persona, usable or not."""
         return self._personas[persona_id].display_name if persona_id in self._personas else persona_id
@@ -247,33 +301,120 @@ class Library:
         return self._personas[persona_id]
 
 
+def find_problems(folder: Path) -> list[PersonaInvalid]:
+    """Everything that is wrong with `folder/persona.yaml`, in the order of the file."""
+    return _read(folder).problems
+
+
 def shipped_personas() -> Path:
     """The folder of the personas that come with the program."""
     installed = Path(__file__).parent / "personas"
     return installed if installed.is_dir() else Path(__file__).parent.parent / "personas"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    from ruamel.yaml import YAML
+class _Reading(NamedTuple):
+    """A file as far as it can be read: a persona, if nothing is wrong with its fields, and all problems."""
 
+    persona: Persona | None
+    problems: list[PersonaInvalid]
+
+    def usable(self) -> Persona:
+        """The persona. Raises the first problem, and says how many more there are."""
+        if self.persona is not None and not self.problems:
+            return self.persona
+        first, *more = self.problems
+        raise PersonaInvalid(
+            first.message, first.hint + (f" ({len(more)} more: npc-runtime persona check)" if more else "")
+        )
+
+
+def _read(folder: Path) -> _Reading:
     try:
-        data = path.read_bytes()
-        if len(data) > MAX_FILE_BYTES:
-            raise PersonaInvalid(f"{path} is larger than {MAX_FILE_BYTES // 1024} KiB.", "Shorten it.")
-        document = YAML(typ="safe", pure=True).load(data.decode("utf-8"))
-    except PersonaInvalid:
-        raise
-    except Exception as error:  # besides YAMLError, ruamel's constructors raise whatever a bad tag provokes
-        reason = " ".join(str(error).split())[:300]
-        raise PersonaInvalid(f"{path} cannot be read: {reason}.", "Correct the file.") from error
-    if not isinstance(document, dict):
-        raise PersonaInvalid(f"{path} is not a mapping of fields.", "Start it with 'schema: 1'.")
-    return {str(key): value for key, value in document.items()}
+        return _parse(folder, _read_bytes(folder / FILE_NAME))
+    except PersonaInvalid as error:
+        return _Reading(None, [error])
 
 
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
+def _parse(folder: Path, data: bytes) -> _Reading:
+    path = folder / FILE_NAME
+    try:
+        document = _read_document(path, data)
+    except PersonaInvalid as error:
+        return _Reading(None, [error])
+    fields = document.value
+    if not isinstance(fields, dict):
+        what = PersonaInvalid(f"{path}: the document is not a map of fields.", "Start it with 'schema: 1'.")
+        return _Reading(None, [what])
+    version = fields.get("schema")
+    if type(version) is int and version > SCHEMA_VERSION:
+        newer = PersonaInvalid(
+            f"{path}, line {document.line_of(('schema',))}: schema {version} is newer than this program reads "
+            f"({SCHEMA_VERSION}).",
+            "Update npc-runtime, or save the persona for the older schema.",
+        )
+        return _Reading(None, [newer])
+    problems = []
+    if isinstance(fields.get("id"), str) and fields["id"] != folder.name:
+        problems.append(
+            (
+                document.line_of(("id",)),
+                f"id '{fields['id'][:64]}' is not the folder's name '{folder.name}'",
+                "Rename one of them.",
+            )
+        )
+    persona = None
+    try:
+        persona = Persona.model_validate(fields)
+        persona._folder = folder
+    except ValidationError as error:
+        for each in error.errors(include_url=False)[:MAX_PROBLEMS]:
+            field = ".".join(str(part)[:64] for part in each["loc"]) or "the document"
+            reason = find_reason(each).removesuffix(".")
+            problems.append((_line_of(document, each), f"{field}: {reason}", find_remedy(each, Persona)))
+    problems.sort(key=lambda problem: (problem[0], "is missing" in problem[1]))  # what is misspelled comes first
+    return _Reading(persona, [_invalid(f"{path}, line {line}: {what}.", how) for line, what, how in problems])
 
 
-def _as_sentence(text: str) -> str:
-    return text if not text or text[-1] in ".!?…" else f"{text}."
+def _invalid(what: str, remedy: str) -> PersonaInvalid:
+    """A problem in words that can be sent: what a file says may be half a character."""
+    what, remedy = (text.encode(errors="backslashreplace").decode() for text in (what, remedy))
+    return PersonaInvalid(what, remedy)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_READ)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PersonaInvalid(f"{path} cannot be read: {reason}.", "Each persona is a folder with this file.") from error
+
+
+def _read_document(path: Path, data: bytes) -> Document:
+    try:
+        return read_document(data)
+    except DocumentError as error:
+        where = f"{path}, line {error.line}" if error.line else f"{path}"
+        raise _invalid(f"{where}: {error.what}.", error.remedy) from error
+
+
+def _line_of(document: Document, error: ErrorDetails) -> int:
+    path = error["loc"]
+    if path[:1] == ("adapter",) and not isinstance(document.value.get("adapter"), list):
+        path = (path[0], *path[2:])  # one adapter may be written without the list around it
+    return document.line_of(path)
+
+
+def _texts(value: Any) -> list[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def _replace_file(path: Path, data: bytes) -> None:
+    """Put the file in place at once: whoever reads sees the old one or the new one."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        file.write(data)
+    if path.exists():
+        os.chmod(file.name, path.stat().st_mode & 0o777)
+    else:
+        os.chmod(file.name, 0o644)
+    os.replace(file.name, path)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
-from npc_runtime.persona import Context
+from npc_runtime.prompt import Context
 
 __all__ = [
     "CAPS",
@@ -33,6 +33,7 @@ __all__ = [
     "DeltaItem",
     "Error",
     "ErrorInfo",
+    "Event",
     "Format",
     "Generate",
     "Hello",
@@ -64,7 +65,18 @@ SUBPROTOCOLS = ("npc.v1.msgpack", "npc.v1.json")
 MAX_CLIENT_FRAME = 1 << 20
 MAX_SERVER_FRAME = 32 * 1024
 
-CAPS = ("generate", "cancel", "persona.list", "warmup", "status", "fallback", "trim", "deadline", "context")
+CAPS = (
+    "generate",
+    "cancel",
+    "persona.list",
+    "persona.changed",
+    "warmup",
+    "status",
+    "fallback",
+    "trim",
+    "deadline",
+    "context",
+)
 """Features that a client may rely on; a message or feature that is not listed is refused `unsupported`."""
 
 LIMITS = {
@@ -268,12 +280,13 @@ class ErrorInfo(Message):
 
 
 class PersonaInfo(Message):
-    """A persona in a list; `error` says why it cannot speak."""
+    """A persona in a list; `error` says why it cannot speak, `stale` why its newest files are not in use."""
 
     id: str
     display_name: str
     adapter: str | None = None
     error: ErrorInfo | None = None
+    stale: ErrorInfo | None = None
 
 
 class BaseModelInfo(Message):
@@ -301,7 +314,7 @@ class Welcome(Message):
 
 
 class AcceptedItem(Message):
-    """Whether one line was taken."""
+    """Whether one line was taken. `message` of a queued one says what its prompt had no room for."""
 
     line: Any = None
     status: Literal["queued", "rejected"]
@@ -418,6 +431,16 @@ class Reply(Message):
     data: str | None = None
 
 
+class Event(Message):
+    """Something that concerns every connection. `persona.changed`: the files of a persona were saved. They are in use
+    from the next line on, or `stale` says why not; a persona that is gone has the error `persona_unknown`.
+    """
+
+    type: Literal["event"] = "event"
+    kind: Literal["persona.changed"]
+    persona: PersonaInfo
+
+
 class Error(Message):
     """Something was wrong with message `re`, or with a frame that could not be read."""
 
@@ -429,7 +452,7 @@ class Error(Message):
 
 
 CLIENT_MESSAGES = (Hello, Generate, Cancel, PersonaList, Warmup, Status, Bye)
-SERVER_MESSAGES = (Welcome, Accepted, LineStart, Delta, LineEnd, BatchEnd, Reply, Error)
+SERVER_MESSAGES = (Welcome, Accepted, LineStart, Delta, LineEnd, BatchEnd, Reply, Event, Error)
 
 ClientMessage = Hello | Generate | Cancel | PersonaList | Warmup | Status | Bye
-ServerMessage = Welcome | Accepted | LineStart | Delta | LineEnd | BatchEnd | Reply | Error
+ServerMessage = Welcome | Accepted | LineStart | Delta | LineEnd | BatchEnd | Reply | Event | Error

@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
@@ -28,6 +29,7 @@ from npc_runtime import protocol as wire
 from npc_runtime.effects import Close, Effect, Send, SendStatus, Stop, Submit
 from npc_runtime.engine.core import Ended, EngineStats, Request, SamplingParams, Spoken, Started, StepOutput
 from npc_runtime.engine.engine import Engine
+from npc_runtime.errors import OverloadError, WireError
 from npc_runtime.line import Job, Renderer
 from npc_runtime.persona import Library
 from npc_runtime.session import DaemonInfo, Session
@@ -40,6 +42,7 @@ HELLO_TIMEOUT_S = 5.0
 SEND_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 0.8
 FLUSH_TIMEOUT_S = 0.5
+REPLACE_TIMEOUT_S = 30.0
 MAX_CONNECTIONS = 16
 MAX_OUTBOX = 2_048  # messages; more than all ends of a full connection
 CONGESTED_OUTBOX = 16  # from here on deltas wait and merge
@@ -148,6 +151,34 @@ class NpcServer:
         """Cancel lines in the engine."""
         assert self._engine is not None
         self._engine.cancel(request_ids)
+
+    async def replace_adapter(self, name: str, parts: list[tuple[Path, float]]) -> None:
+        """Have the engine use new files of an adapter from the next line on. Raises `WireError`: they are not used."""
+        assert self._engine is not None
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[WireError | None] = loop.create_future()
+
+        def finish(error: WireError | None) -> None:
+            if not answer.done():
+                answer.set_result(error)
+
+        def on_done(error: WireError | None) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(finish, error)
+
+        self._engine.replace_adapter(name, parts, on_done)
+        try:
+            async with asyncio.timeout(REPLACE_TIMEOUT_S):
+                error = await answer
+        except TimeoutError as late:
+            raise OverloadError(f"The adapter of {name} was not read in time.", "Save it again.") from late
+        if error is not None:
+            raise error
+
+    def announce(self, persona_id: str) -> None:
+        """Tell every client that a persona's files were saved."""
+        for connection in self._connections:
+            connection.announce(persona_id)
 
     def status(self) -> dict[str, Any]:
         """The body of `reply` to `status`."""
@@ -269,6 +300,10 @@ class _Connection:
                     effects += session.on_ended(event, now)
         self._perform([*effects, *session.after_step(now)])
         self._plan_tick(now)
+
+    def announce(self, persona_id: str) -> None:
+        """Have the session tell its client that a persona's files were saved."""
+        self._perform(self._session.announce(persona_id))
 
     async def flushed(self) -> None:
         """Wait until everything in the outbox was sent."""

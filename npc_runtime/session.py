@@ -23,8 +23,9 @@ from npc_runtime.errors import (
     UnsupportedError,
     WireError,
 )
-from npc_runtime.line import Job, Line, Renderer, chat_messages, error_info, line_end, line_start, resolve_sampling
+from npc_runtime.line import Job, Line, Renderer, error_info, line_end, line_prompt, line_start, resolve_sampling
 from npc_runtime.persona import Library
+from npc_runtime.prompt import fit_prompt
 from npc_runtime.warmup import Warmup, warmup_job
 
 if TYPE_CHECKING:
@@ -176,6 +177,12 @@ class Session:
         self._next_tick = None
         return self._flush(self._lines.values())
 
+    def announce(self, persona_id: str) -> list[Effect]:
+        """A persona's files were saved; nobody asked."""
+        if not self.is_open:
+            return []
+        return [Send(wire.Event(kind="persona.changed", persona=self._persona_info(persona_id)))]
+
     def disconnect(self) -> list[Effect]:
         """The connection is gone: cancel whatever runs; nothing more is sent."""
         self._state = "closed"
@@ -281,7 +288,7 @@ class Session:
             self._by_request[line.job.request_id] = line.request.line
             batch.live.add(line.request.line)
             jobs.append(line.job)
-            items.append(wire.AcceptedItem(line=line.request.line, status="queued"))
+            items.append(wire.AcceptedItem(line=line.request.line, status="queued", message=line.note))
         effects: list[Effect] = [Send(self._fit(wire.Accepted(batch=message.batch, re=message.id, items=items)))]
         if jobs:
             self._batches[message.batch] = batch
@@ -298,15 +305,16 @@ class Session:
             raise InvalidError("'persona' is missing.", "Name the persona that speaks.")
         persona = self._library.find(request.persona)
         sampling = resolve_sampling(request.sampling, persona, self._new_seed)
-        prompt_ids = self._render(chat_messages(request, persona))
+        room = self._info.base.context - (sampling.max_tokens or 0)
+        fitted = fit_prompt(line_prompt(request, persona, {}), self._render, room)
+        prompt_ids = fitted.token_ids
         if not prompt_ids:
             raise InvalidError("The base's tokenizer makes nothing of this text.", "Send other words.")
-        total = len(prompt_ids) + (sampling.max_tokens or 0)
-        if total > self._info.base.context:
+        if len(prompt_ids) > room:
             raise ContextOverflow(
                 f"The prompt has {len(prompt_ids)} tokens and the reply may have {sampling.max_tokens}; the context "
                 f"holds {self._info.base.context}.",
-                "Shorten the text or the history, or lower max_tokens.",
+                "Shorten the text, the context or the persona, or lower max_tokens.",
             )
         job = Job(
             request_id=self._new_request_id(),
@@ -320,7 +328,7 @@ class Session:
             deadline_ms=request.deadline_ms,
         )
         digest = hashlib.sha256(",".join(map(str, prompt_ids)).encode()).hexdigest()[:16]
-        return Line(request=request, batch=batch, job=job, persona=persona, prompt_hash=digest)
+        return Line(request=request, batch=batch, job=job, persona=persona, prompt_hash=digest, note=fitted.left_out)
 
     def _on_warmup(self, message: wire.Warmup, now: float) -> list[Effect]:
         warmup = Warmup(message.id, message.personas)
@@ -382,17 +390,22 @@ class Session:
         return None if line_id is None else self._lines[line_id]
 
     def _persona_infos(self) -> list[wire.PersonaInfo]:
-        usable = {persona.id: persona for persona in self._library}
-        problems = self._library.problems
-        return [
-            wire.PersonaInfo(
-                id=persona_id,
-                display_name=self._library.name_of(persona_id),
-                adapter=usable[persona_id].adapter_name if persona_id in usable else None,
-                error=error_info(problems.get(persona_id)),
-            )
-            for persona_id in sorted({*usable, *problems})
-        ]
+        ids = {persona.id for persona in self._library} | self._library.problems.keys()
+        return [self._persona_info(persona_id) for persona_id in sorted(ids)]
+
+    def _persona_info(self, persona_id: str) -> wire.PersonaInfo:
+        adapter, problem = None, None
+        try:
+            adapter = self._library.find(persona_id).adapter_name
+        except WireError as error:
+            problem = error
+        return wire.PersonaInfo(
+            id=persona_id,
+            display_name=self._library.name_of(persona_id),
+            adapter=adapter,
+            error=error_info(problem),
+            stale=error_info(self._library.stale.get(persona_id)),
+        )
 
     def _close(self, code: int, reason: str) -> list[Effect]:
         effects = self.disconnect()

@@ -1,18 +1,23 @@
-"""Writes PROTOCOL.md and tests/golden/ from the message models: `make generate`."""
+"""Writes PROTOCOL.md and tests/golden/ from the message models, tests/prompts/*.txt from the families' templates:
+`make generate`.
+"""
 
 import json
+import tempfile
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 import msgpack
+from families import FAMILIES, make_base, speak
 from golden_messages import CLIENT, SERVER
 from pydantic import BaseModel
 
 from npc_runtime import errors
 from npc_runtime import protocol as wire
-from npc_runtime.persona import Context
+from npc_runtime.engine.tokenizer import ChatTokenizer
+from npc_runtime.prompt import Context
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,8 +51,9 @@ Rules: every accepted line gets exactly one `line.end`, and nothing after it; ev
 `accepted` gets exactly one `batch.end`. A line that is not taken says so in `accepted`. Fields that are not listed
 here are ignored; options (the keys of `sampling` and `format`) and enum values that are not listed are refused as
 `invalid`. Deltas are whole characters, numbered per line; `line.end.text` replaces them. Messages and fields that
-`welcome.caps` does not name are refused as `unsupported`. A field that is null may be left out; the daemon leaves
-it out. `line`, `batch` and `id` are the client's: integers up to ±(2^53−1), or strings of 1 to 64 characters.
+`welcome.caps` does not name are refused as `unsupported`. An `event` comes unasked. A field that is null may be left
+out; the daemon leaves it out. `line`, `batch` and `id` are the client's: integers up to ±(2^53−1), or strings of 1 to
+64 characters.
 
 Close codes: 4400 protocol, 4401 token, 4403 origin, 4408 no hello, 4429 too many connections, 1009 frame over
 1 MiB, 1012 the daemon stops.
@@ -62,6 +68,14 @@ def main() -> None:
         path.unlink()
     for name, data in golden_files().items():
         (folder / name).write_bytes(data)
+    for name, text in family_prompts().items():
+        (ROOT / "tests" / "prompts" / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+def family_prompts() -> dict[str, str]:
+    """What every family's template makes of the same line."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {name: speak(ChatTokenizer(make_base(name, Path(folder) / name))).text for name in FAMILIES}
 
 
 def golden_files() -> dict[str, bytes]:

@@ -1,7 +1,7 @@
 """One example of every message; `generate.py` writes them to golden/ and PROTOCOL.md, all languages read them."""
 
 from npc_runtime import protocol as wire
-from npc_runtime.persona import Context
+from npc_runtime.prompt import Context
 
 BASE = wire.BaseModelInfo(name="smollm2-135m", sha256="ab" * 32, context=8192)
 USAGE = wire.Usage(prompt=57, cached=0, completion=21)
@@ -82,5 +82,14 @@ SERVER = [
     ),
     wire.BatchEnd(batch="b1", ok=1, failed=1, wall_ms=910.5, forwards=22),
     wire.Reply(re=4, body={"personas": [{"id": "odo", "display_name": "Odo", "adapter": "odo"}]}),
+    wire.Event(
+        kind="persona.changed",
+        persona=wire.PersonaInfo(
+            id="odo",
+            display_name="Odo",
+            adapter="odo",
+            stale=wire.ErrorInfo(code="persona_invalid", message="bio is missing.", hint="Write one."),
+        ),
+    ),
     wire.Error(re=3, code="invalid", message="'sampling.temperature' is invalid.", hint="PROTOCOL.md has the bounds."),
 ]

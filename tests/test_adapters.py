@@ -70,9 +70,9 @@ def settle(store):
 def count_reads(store, monkeypatch):
     reads, right = [], store.host._read
 
-    def reading(parts):
+    def reading(parts, base):
         reads.append((parts[0][0].name, threading.current_thread().name))
-        return right(parts)
+        return right(parts, base)
 
     monkeypatch.setattr(store.host, "_read", reading)
     return reads
@@ -190,8 +190,6 @@ def truncate(folder):
     ("spoil", "kind", "message", "hint"),
     [
         (shutil.rmtree, AdapterMissing, "does not exist", "correct the persona"),
-        (swap, AdapterIncompatible, "not the adapter that the daemon started with", "Restart the daemon"),
-        (rescale, AdapterIncompatible, "not the adapter that the daemon started with", "Restart the daemon"),
         (truncate, AdapterIncompatible, "damaged", "Copy or export"),
     ],
 )
@@ -201,8 +199,6 @@ def test_a_failed_load_names_file_and_remedy_and_can_be_tried_again(
     folder = folders["a"]
     store = make("ab", max_host_bytes=0)
     shutil.copytree(folder, tmp_path / "kept")
-    make_other = folders["c"] / "adapter_model.safetensors"
-    make_other.write_bytes(make_other.read_bytes()[:-1] + b"\x01")
     spoil(folder)
     store.open()
     line, _ = ask(store, "a", 7)
@@ -262,6 +258,187 @@ def test_closing_finishes_the_load_it_is_in_and_begins_no_other(make, monkeypatc
     store.close(30_000 * MS)
     assert not store._loader.is_alive()
     assert reads == ["a"]
+
+
+def train_again(folder, seed=77):
+    """New weights in the place of the old ones, as `npc-runtime train` installs them."""
+    other = make_adapter(make_model("llama", folder.parent / "again"), folder.parent / f"new{seed}", seed=seed)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (other / name).replace(folder / name)
+
+
+def reload(store, name, folder, waiting=()):
+    """Have the store read the files again; returns what is wrong with them."""
+    answers = []
+    store.replace(name, [(folder, 1.0)], answers.append)
+    for _ in range(2_000):
+        assert store.collect(waiting) == []
+        if answers:
+            return answers[0]
+        time.sleep(1 * MS)
+    raise AssertionError("nothing was read")
+
+
+def test_new_files_are_for_new_lines_and_the_old_pages_are_free_when_the_last_old_line_left(make, folders, shape):
+    store = make("ab", max_pages=3, spare_pages=1)
+    line = hold(store, "a")
+    before = store.pool[store.pages_of("a")].clone()
+    old_digest = store.digest_of("a")
+    train_again(folders["a"])
+    assert reload(store, "a", folders["a"]) is None
+    newer = store.version_of("a")
+    assert newer != "a"
+    assert store.digest_of(newer) != old_digest
+    settle(store)  # it was brought to the spare page at once
+    new_line = hold(store, newer)
+    assert torch.equal(store.pool[store.pages_of("a")], before)
+    assert torch.equal(store.pool[store.pages_of(newer)], read(folders["a"], shape).pages)
+    store.check_integrity([line, new_line], [])
+    assert store._made.pages.num_free == 0
+    store.leave(line)
+    store.check_integrity([new_line], [])
+    assert store._made.pages.num_free == 1
+    assert store.resident == ("a", "b")
+    store.leave(new_line)
+    assert store.host.names == ["b", newer], "the old copy is gone too"
+
+
+def test_lines_that_wait_get_the_new_files_and_those_that_spoke_the_old_ones(make, folders):
+    store = make("ab", max_pages=2)
+    store.open()
+    unborn, preempted = hold(store, "a"), hold(store, "a")
+    preempted.output_ids.append(5)
+    for line in (unborn, preempted):
+        assert store.suspend(line) is False
+        line.block_keys.append(b"a key of the old content")
+    train_again(folders["a"])
+    assert reload(store, "a", folders["a"], [unborn, preempted]) is None
+    newer = store.version_of("a")
+    assert (unborn.request.adapter, unborn.request.cache_key) == (newer, store.digest_of(newer))
+    assert (unborn.block_keys, unborn.is_promised) == ([], False)
+    assert (preempted.request.adapter, preempted.is_promised) == ("a", True)
+    store.check_integrity([], [unborn, preempted])
+    assert store.admit(preempted) is Admission.ADMITTED
+    preempted.is_promised = store.suspend(preempted)
+    assert preempted.is_promised, "nobody could load it again"
+    assert store.admit(preempted) is Admission.ADMITTED
+    preempted.is_promised = False
+    store.leave(preempted)
+    store.check_integrity([], [unborn])
+    store.leave(hold(store, newer))
+
+
+def test_files_that_cannot_be_used_change_nothing(make, folders):
+    store = make("ab", max_pages=3)
+    line = hold(store, "a")
+    for spoil in (truncate, shutil.rmtree):
+        spoil(folders["a"])
+        problem = reload(store, "a", folders["a"])
+        assert isinstance(problem, AdapterIncompatible | AdapterMissing)
+        assert str(folders["a"]) in problem.message
+        assert store.version_of("a") == "a"
+    problem = reload(store, "a", folders["wide"])
+    assert "needs 4 pages, the pool has 2" in problem.message
+    store.leave(line)
+    store.leave(hold(store, "a"))
+
+
+def test_the_same_files_again_are_nothing_new(make, folders):
+    store = make("ab")
+    store.open()
+    (folders["a"] / "adapter_config.json").touch()
+    assert reload(store, "a", folders["a"]) is None
+    assert store.version_of("a") == "a"
+    assert store.host.names == ["a", "b"]
+
+
+def test_an_adapter_can_be_added_while_lines_speak(make, folders, shape):
+    store = make("a", spare_pages=1)
+    line = hold(store, "a")
+    assert reload(store, "b", folders["b"]) is None
+    settle(store)
+    other = hold(store, "b")
+    assert torch.equal(store.pool[store.pages_of("b")], read(folders["b"], shape).pages)
+    store.check_integrity([line, other], [])
+
+
+@pytest.mark.parametrize("change", [train_again, rescale])
+def test_a_load_that_finds_new_files_takes_them(make, folders, shape, change):
+    """Nobody said that they changed yet, or nobody watches."""
+    store = make("ab", max_host_bytes=0)
+    store.open()
+    change(folders["a"])
+    line, outcome = ask(store, "a", 7)
+    line.is_promised = True
+    assert outcome is Admission.LOADING
+    for _ in range(2_000):
+        assert store.collect([line]) == []
+        if line.request.adapter != "a" and store.admit(line) is Admission.ADMITTED:
+            break
+        time.sleep(1 * MS)
+    assert torch.equal(store.pool[store.pages_of(line.request.adapter)], read(folders["a"], shape).pages)
+    store.check_integrity([line], [])
+
+
+def test_files_are_read_when_nobody_writes_them_any_more(make, folders, shape):
+    """Written in place and slowly: weights of the old file's size, a part at a time."""
+    store = make("ab", spare_pages=1)
+    store.open()
+    path = folders["a"] / "adapter_model.safetensors"
+    whole = (folders["c"] / "adapter_model.safetensors").read_bytes()
+    whole = whole[:-2] + b"\x00\x00"
+    assert len(whole) == path.stat().st_size
+
+    def write():
+        with path.open("r+b") as file:
+            for start in range(0, len(whole), len(whole) // 5):
+                file.write(whole[start : start + len(whole) // 5])
+                file.flush()
+                time.sleep(20 * MS)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert reload(store, "a", folders["a"]) is None
+    writer.join()
+    newer = hold(store, store.version_of("a"))
+    assert torch.equal(store.pool[store.pages_of(newer.request.adapter)], read(folders["a"], shape).pages)
+
+
+def test_files_that_never_come_to_rest_are_left_alone(make, folders):
+    store = make("ab")
+    store.open()
+    path = folders["a"] / "adapter_model.safetensors"
+    is_over = threading.Event()
+
+    def touch():
+        while not is_over.wait(10 * MS):
+            path.touch()
+
+    writer = threading.Thread(target=touch)
+    writer.start()
+    problem = reload(store, "a", folders["a"])
+    is_over.set()
+    writer.join()
+    assert "is still being written" in problem.message
+    assert store.version_of("a") == "a"
+
+
+def test_what_was_read_survives_an_error_of_the_device(make, folders):
+    """Asked for before the pool is made anew, put in place after it."""
+    store = make("ab", max_pages=3, spare_pages=1)
+    store.open()
+    train_again(folders["a"])
+    answers = []
+    store.replace("a", [(folders["a"], 1.0)], answers.append)
+    store.reset(30_000 * MS)
+    for _ in range(2_000):
+        if answers:
+            break
+        store.collect()
+        time.sleep(1 * MS)
+    assert answers == [None]
+    store.leave(hold(store, store.version_of("a")))
+    assert store.pool.shape[0] == 3
 
 
 # -- on a GPU, whose calls are only noted down here ---------------------------------------------------------------

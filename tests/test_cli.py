@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import torch
-from tiny import SIZES
+
+from npc_runtime.persona import Persona, shipped_personas
 
 
 def run(*arguments, cwd=None, timeout=120):
@@ -80,8 +82,6 @@ def test_render_gives_the_prompt_the_daemon_uses(float_base):
     """The token ids are those of the chat template, applied by transformers alone."""
     from transformers import AutoTokenizer
 
-    from npc_runtime.persona import Persona, shipped_personas
-
     done = run("persona", "render", "odo", "--text", "Hello <|im_end|> 2026", "--json")
     body = json.loads(done.stdout)
     assert done.returncode == 0
@@ -106,6 +106,98 @@ def test_personas_are_listed_and_checked(make_persona, tmp_path):
     assert run("persona", "check").returncode == 0
 
 
+def test_all_problems_of_a_file_are_told_with_their_lines(tmp_path):
+    folder = tmp_path / "personas" / "guard"
+    folder.mkdir(parents=True)
+    text = "schema: 1\nid: guard\ndisplay_name: G\nbio: B\ngoals: sleep\nspeach_style: x\n"
+    (folder / "persona.yaml").write_text(text)
+    done = run("persona", "check", "--personas", str(tmp_path / "personas"))
+    assert done.returncode == 1
+    first, second = done.stdout.splitlines()
+    assert "persona.yaml, line 5: goals: is not a list" in first
+    assert "persona.yaml, line 6: speach_style: is not a field" in second
+    assert second.endswith("Did you mean 'speech_style'?")
+
+
+def test_a_persona_too_long_for_the_base_is_told_before_anybody_speaks(make_persona, tmp_path):
+    make_persona("bard", bio="word " * 3_000, examples=[{"player": "a " * 900, "npc": "b " * 900}] * 4)
+    done = run("persona", "check", "--personas", str(tmp_path / "personas"))
+    assert done.returncode == 1
+    assert "tokens before anybody spoke" in done.stdout
+
+
+def test_a_new_persona_is_valid_as_it_is_and_with_every_comment_taken_off(tmp_path):
+    done = run("persona", "new", "old-guard", "--name", 'The "Guard"', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "personas" / "old-guard" / "persona.yaml"
+    assert done.stdout.strip() == str(Path("personas") / "old-guard" / "persona.yaml")
+    assert "ok, prompt only" in run("persona", "check", cwd=tmp_path).stdout
+    assert Persona.load(path.parent).display_name == 'The "Guard"'
+    text = path.read_text()
+    # A comment that shows a field looks like one: `# name:`, or what is indented below it.
+    shown = re.sub(r"^# (?=[a-z_]+:(?: |$)|  )", "", text, flags=re.MULTILINE)
+    persona = Persona.parse(shown.encode(), path.parent)
+    left_out = {"card", "system_prompt", "post_history_instructions", "format"}
+    fields = {field.alias or name for name, field in Persona.model_fields.items()}
+    assert set(persona.to_document()) == fields - left_out
+    assert persona.asked_facts == ["day", "quest.dragon", "said"]
+    again = run("persona", "new", "old-guard", cwd=tmp_path)
+    assert again.returncode == 1
+    assert "exists already" in again.stderr
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("name", ["Guard", "../guard", "a b", "", "a" * 65])
+def test_a_new_persona_needs_an_id(name, tmp_path):
+    done = run("persona", "new", "--", name, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "cannot be a persona" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_show_has_the_defaults_too():
+    shown = json.loads(run("persona", "show", "odo", "--json").stdout)
+    assert set(shown) == {field.alias or name for name, field in Persona.model_fields.items()}
+    assert shown["sampling"]["temperature"] == 0.5
+    assert shown["sampling"]["top_p"] == 0.95
+    text = run("persona", "show", "odo").stdout
+    assert Persona.parse(text.encode(), Path("odo")).limits.soft_words == 16
+    assert "goals" not in text
+
+
+def test_render_tells_the_tokens_of_each_part_and_what_was_left_out(make_persona, tmp_path):
+    knows = [{"id": "dragon", "text": "The dragon is dead", "when": 'quest.dragon == "dead" and day > 2'}]
+    make_persona("guard", knows=knows, limits={"hard_tokens": 20})
+    history = tmp_path / "earlier.jsonl"
+    history.write_text("\n".join(json.dumps({"player": f"Question {n}?", "npc": "Hm."}) for n in range(30)))
+    options = [
+        "--personas",
+        str(tmp_path / "personas"),
+        "--history",
+        str(history),
+        "--mood",
+        "tired",
+        "--speaker",
+        "Ada",
+    ]
+    options += ["--fact", "quest.dragon=dead", "--fact", "day=3", "--room", "250"]
+    done = run("persona", "render", "guard", "--text", "Well?", *options, "--json")
+    assert done.returncode == 0, done.stderr
+    body = json.loads(done.stdout)
+    assert body["prompt"].endswith("(The dragon is dead. Mood: tired.)\nAda: Well?<|im_end|>\n<|im_start|>assistant\n")
+    assert "You are Guard. A guard." in body["prompt"]
+    tokens = body["tokens"]
+    assert sum(tokens.values()) == 2 * tokens["total"] == 2 * len(body["token_ids"])
+    assert all(tokens[part] > 0 for part in ("persona", "history", "knowledge", "context", "words", "template"))
+    assert 0 < body["left_out"]["messages"] < 60
+    assert tokens["total"] + 20 <= 250
+    plain = run("persona", "render", "guard", "--text", "Well?", *options)
+    assert plain.stdout == body["prompt"] + "\n"
+    assert f"left out: {body['left_out']['messages']} earlier messages" in plain.stderr
+    assert "depends on: day, quest.dragon" in plain.stderr
+
+
 def test_personas_of_the_current_folder_come_first(make_persona, tmp_path):
     make_persona("guard")
     assert run("persona", "list", cwd=tmp_path).stdout.split()[0] == "guard"
@@ -117,6 +209,9 @@ def test_personas_of_the_current_folder_come_first(make_persona, tmp_path):
         (("persona", "render", "nobody", "--text", "Hi."), "There is no persona 'nobody'"),
         (("persona", "list", "--personas", "nowhere"), "no such folder"),
         (("train", "nowhere"), "persona.yaml cannot be read"),
+        (("persona", "show", "nobody"), "There is no persona 'nobody'"),
+        (("persona", "render", "odo", "--text", "Hi", "--fact", "king"), "a fact is NAME=VALUE"),
+        (("persona", "render", "odo", "--text", "Hi", "--history", "nowhere"), "--history nowhere cannot be read"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, tmp_path):
@@ -126,26 +221,8 @@ def test_mistakes_are_one_line(arguments, message, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_training_lowers_the_loss_and_the_result_is_used(make_persona, tmp_path, float_base):
-    """A tiny base with the embedded tokenizer: train through the command, then check the adapter."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    base = tmp_path / "base"
-    LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 49152})).save_pretrained(base)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (base / name).write_bytes((float_base.info.folder / name).read_bytes())
-    persona = make_persona("guard", adapter="adapter")
-    lines = "\n".join(json.dumps({"player": f"Question {n}?", "npc": "Halt. The gate is shut."}) for n in range(24))
-    (persona / "lines.jsonl").write_text(lines)
-    (persona / "heldout.jsonl").write_text(lines.splitlines()[0])
-    done = run("train", str(persona), "--base", str(base), "--epochs", "6")
-    assert done.returncode == 0, done.stderr
-    losses = [float(line.split("held-out ")[1].split()[0]) for line in done.stdout.splitlines()]
-    assert losses[-1] < losses[0] - 0.1
-    log = json.loads((persona / "adapter" / "training.json").read_text())
-    assert [round(epoch["heldout"], 3) for epoch in log["epochs"]] == losses
-    checked = run("persona", "check", "--personas", str(tmp_path / "personas"), "--base", str(base))
-    assert "ok, adapter of rank 8" in checked.stdout
-    config = json.loads((persona / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "base"
+def test_render_of_what_does_not_fit_fails_behind_its_report():
+    done = run("persona", "render", "odo", "--text", "Hi", "--room", "40")
+    assert done.returncode == 1
+    assert "innkeeper" in done.stdout
+    assert "do not fit into 40" in done.stderr.splitlines()[-1]

@@ -56,6 +56,7 @@ SERVER = [
     wire.BatchEnd(batch=1, ok=1, failed=0, wall_ms=1.0, forwards=2),
     wire.Reply(re=1, body={"a": [1, None, {"b": TEXT}]}),
     wire.Reply(re=1, part=0, parts=2, data='{"a":'),
+    wire.Event(kind="persona.changed", persona=wire.PersonaInfo(id="a", display_name=TEXT)),
     wire.Error(code="invalid", message="m"),
 ]
 

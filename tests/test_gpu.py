@@ -8,7 +8,7 @@ import torch
 from npc_kernels import gpu, lora, quant, reference
 from npc_kernels.batch import BatchMetadata, LoraBatch, LoraSpan
 from npc_kernels.gemm import Activations, base_split
-from npc_kernels.gpu_plan import CHUNK, plan, plan_segments, plan_tiles
+from npc_kernels.gpu_plan import CHUNK, PLANES, plan, plan_segments, plan_tiles
 from npc_kernels.quant import concatenate, dequantize, pack_int4, quantize_int4, quantize_int8
 from npc_kernels.reference import HeadNorms
 
@@ -53,7 +53,7 @@ def test_the_example_of_the_docstring():
     assert planned.step.tokens.tolist() == [[1, 2, 3, *[-1] * 13], [0, *[-1] * 15]]
     assert planned.step.pages.tolist() == [[2, 7, -1, -1], [5, -1, -1, -1]]
     assert planned.step.tiles.tolist() == [[0, 0, 1], [1, 1, 3]]
-    assert planned.num_chunks == 1
+    assert planned.num_planes == 1
 
 
 def test_rows_with_the_same_adapter_share_segments():
@@ -317,6 +317,31 @@ def test_chunks_are_combined(heads, kv_heads, size):
     got = gpu.paged_attention(q, caches[0], caches[1], plan(batch, TABLE, TABLE))
     expected = reference.paged_attention(q, caches[0], caches[1], reference.plan(batch, TABLE, TABLE))
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_rows_longer_than_all_planes():
+    """Every eighth chunk is seen by the same programs; tokens of one tile have different last chunks.
+
+    Bit by bit what each token is alone, whatever is longest: a prompt in one piece, and token by token.
+    """
+    torch.manual_seed(0)
+    border = PLANES * CHUNK
+    table = torch.zeros(3 * border, 4)
+    batch = make_batch([(border - 3, border + 4), (2 * border + 299, 2 * border + 300)][::-1])
+    batch = dataclasses.replace(batch, num_decode=1)
+    caches = torch.randn(2, batch.block_tables.numel(), BLOCK_SIZE, 2, 16)
+    q = torch.randn(len(batch.positions), 4, 16)
+    planned = plan(batch, table, table)
+    assert planned.num_planes == PLANES
+    got = gpu.paged_attention(q, caches[0], caches[1], planned)
+    expected = reference.paged_attention(q, caches[0], caches[1], reference.plan(batch, table, table))
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+    for token, position in enumerate(batch.positions.tolist()):
+        alone = make_batch([(position, position + 1)])
+        tables = batch.block_tables[min(token, 1) :][:1, : alone.block_tables.shape[1]]
+        alone = dataclasses.replace(alone, block_tables=tables)
+        single = gpu.paged_attention(q[token : token + 1], caches[0], caches[1], plan(alone, table, table))
+        assert torch.equal(single, got[token : token + 1])
 
 
 def test_keys_that_no_row_has_are_not_read():

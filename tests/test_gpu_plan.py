@@ -3,14 +3,15 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from npc_kernels.gpu_plan import BUCKETS, CHUNK, PAGE_CLASSES, plan, room
+from npc_kernels.gpu_plan import BUCKETS, CHUNK, PAGE_CLASSES, PLANES, plan, room
 from test_gpu import BLOCK_SIZE, make_batch
 
-TABLE = torch.zeros(4, 2)
+CONTEXT = 10 * CHUNK + 8
+TABLE = torch.zeros(CONTEXT, 2)
 POOL = torch.zeros(16, 1)
 
 ADAPTERS = st.sampled_from([(), (3,), (5,), (1, 2), (9, 8, 7), (4, 6, 10, 11), tuple(range(8))])
-LENGTHS = st.integers(1, 3 * CHUNK)
+LENGTHS = st.one_of(st.integers(1, 3 * CHUNK), st.integers(1, CONTEXT))
 
 
 ROWS = st.lists(st.tuples(LENGTHS, ADAPTERS), min_size=1, max_size=64)
@@ -52,7 +53,8 @@ def check(step, batch, planned):
         assert not part[len(given_numbers) :].any()
     rows, blocks = batch.block_tables.shape
     assert torch.equal(step.tables[:rows, :blocks].long(), batch.block_tables)
-    assert planned.num_chunks * CHUNK >= batch.max_seen
+    assert planned.num_planes == PLANES or planned.num_planes * CHUNK >= batch.max_seen
+    assert all(part.data_ptr() % 16 == 0 for part in step)
 
 
 @settings(deadline=None, max_examples=60)
@@ -78,21 +80,24 @@ def test_a_graph_is_told_of_any_step_that_it_has_room_for(rows, data):
     planned.refill(second)
     check(planned.step, second, planned)
     assert planned.num_tokens == found.num_rows
-    assert planned.step.tables.shape == (found.num_rows, found.num_chunks * CHUNK // BLOCK_SIZE)
+    assert planned.step.tables.shape == (
+        found.num_rows,
+        -(-(CONTEXT if found.num_planes == PLANES else found.num_planes * CHUNK) // BLOCK_SIZE),
+    )
 
 
 @settings(deadline=None, max_examples=100)
 @given(ROWS)
 def test_rooms_are_the_smallest(rows):
-    """Of ten numbers of rows, four of pages, and powers of two of chunks."""
+    """Of ten numbers of rows, four of pages, and powers of two of planes."""
     batch = decode_step(rows)
     found = room(batch)
     most = max(map(len, batch.lora.pages))
     assert found.num_rows == min(size for size in BUCKETS if size >= batch.num_rows)
     assert found.max_pages == min(size for size in PAGE_CLASSES if size >= most)
-    chunks = -(-batch.max_seen // CHUNK)
-    assert found.num_chunks in (1, 2, 4)
-    assert found.num_chunks / 2 < chunks <= found.num_chunks
+    planes = min(-(-batch.max_seen // CHUNK), PLANES)
+    assert found.num_planes in (1, 2, 4, 8)
+    assert found.num_planes / 2 < planes <= found.num_planes
 
 
 def test_steps_that_no_graph_serves():

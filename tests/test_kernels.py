@@ -179,6 +179,23 @@ def test_finish_qkv(rows, is_normed, rotates, dtype, tolerance, kernels):
     assert (values.flatten(0, 1)[untouched] == 7).all()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_dora_scales_base_and_adapter_but_not_the_bias(rows, dtype, tolerance, kernels):
+    """The factors lie in the row of an adapter's first page; a row without an adapter has none."""
+    torch.manual_seed(0)
+    adapters = Adapters(LoraSpan(0, 9, (7, 7), first_output=5), rows, dtype)
+    factors = torch.rand(7, 21) + 0.5
+    step = Step(kernels, rows, lora=LoraBatch(adapters.pool, tuple(adapters.owned), factors))
+    x, base = torch.randn(len(step.tokens), 9, dtype=dtype), 3 * torch.randn(14, 9, dtype=dtype)
+    bias = torch.randn(14, dtype=dtype)
+    of_token = torch.stack([factors[pages[0], 5:19] if pages else torch.ones(14) for pages in adapters.of_token])
+    expected = (x.double() @ base.double().T + adapters.expected(x)) * of_token + bias.double()
+    gate, up = expected.split(7, dim=1)
+    product = kernels.project(kernels.Linear(base, bias), x, step.plan, adapters.span)
+    got = kernels.finish_gate_up(product, step.plan, adapters.span)
+    torch.testing.assert_close(got.double(), gate / (1 + (-gate).exp()) * up, atol=20 * tolerance, rtol=6 * tolerance)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 def test_a_neighbours_overflow_stays_with_the_neighbour(kernels):
     """One adapter of infinities; its own rows say so, the others are as if it were not there."""

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from npc_kernels import gpu
+from test_gpu import make_batch
+from triton.runtime.interpreter import GridExecutor
 
 from npc_runtime.engine.core import EngineConfig
 from npc_runtime.engine.memory import MIN_KV_TOKENS, GpuMemory, fit_kv_tokens, step_bytes
@@ -50,8 +53,12 @@ def test_a_budget_that_is_too_small_names_one_that_is_not():
 
 
 def test_the_largest_step_is_counted():
-    """Planes of 512 tokens and logits of 64 rows of Llama-3.2-3B, and a quarter of a GiB for graphs."""
+    """Llama-3.2-3B, and a quarter of a GiB for graphs."""
     found = step_bytes(LLAMA_3B, EngineConfig())
+    logits = 4 * 64 * LLAMA_3B.vocab  # of all graphs; of a step that is none, and a copy
+    planes = 2 * 4 * 512 * 2 * LLAMA_3B.intermediate
+    attention = 4 * 8 * 512 * (3072 + 2 * 24)
+    assert found == 256 * MIB + 3 * logits + planes + attention
     assert 400 * MIB < found < 700 * MIB
 
 
@@ -76,3 +83,21 @@ def test_a_budget_without_a_gpu_is_refused(monkeypatch):
     limit_gpu(settings(None))
     with pytest.raises(StartupError, match="computes on the CPU"):
         limit_gpu(settings(2_000))
+
+
+def test_the_attention_is_counted(monkeypatch):
+    """What a chunk of a prompt behind 37,000 tokens really takes between its two launches."""
+    made, empty = [], torch.empty
+
+    def note(*size, **options):
+        made.append(empty(*size, **options))
+        return made[-1]
+
+    shape = LLAMA_3B
+    cache = empty(4, 16, shape.num_kv_heads, shape.head_dim, dtype=torch.bfloat16, device="meta")
+    batch = make_batch([(37_000 - 512, 37_000)])
+    planned = gpu.plan(batch, *(empty(40_000, 64, device="meta") for _ in range(2)))
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **options: None)
+    monkeypatch.setattr(torch, "empty", note)
+    gpu.paged_attention(empty(512, shape.num_heads, shape.head_dim, device="meta"), cache, cache, planned)
+    assert sum(part.nbytes for part in made) == 4 * 8 * 512 * (3072 + 2 * 24)

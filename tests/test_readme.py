@@ -32,6 +32,16 @@ def test_the_persona_example_is_valid():
     assert persona.adapter_name == "odo"
 
 
+def test_the_persona_page_has_every_field_and_its_example_is_valid():
+    page = (ROOT / "docs" / "persona.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(field.alias or name for name, field in Persona.model_fields.items())
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    head = "schema: 1\nid: odo\ndisplay_name: Odo\nbio: B\n"
+    assert Persona.parse((head + text).encode(), Path("odo")).asked_facts == ["day", "quest.dragon", "said", "speaker"]
+
+
 def test_the_file_tree_is_the_real_one():
     tree = README.split("## What is where")[1].split("```")[1]
     named = set(re.findall(r"(\w+\.py)\b", tree))

@@ -1,19 +1,25 @@
 """Steps that are recorded and run again compute, bit by bit, what they compute call by call."""
 
 import copy
+import json
 import types
+from functools import partial
 
 import pytest
 import torch
 from driving import greedy, hold, make_store
 from npc_kernels import cpu, gpu, openmp
+from npc_kernels.batch import LoraBatch
+from safetensors.torch import save_file
 from test_model import load
 from tiny import make_adapter, make_model
 
 import npc_runtime.engine.runner as runner_module
 from npc_runtime.engine.core import EngineConfig, Sequence
+from npc_runtime.engine.rehearsal import rehearse_decode, rehearse_prefill
 from npc_runtime.engine.runner import Runner
 from npc_runtime.engine.scheduler import PlannedRow
+from npc_runtime.engine.weights import dense_weights
 from npc_runtime.persona import Library, shipped_personas
 
 RANKS = {"a": 8, "b": 16, "c": 24, "d": 64}
@@ -29,6 +35,7 @@ class Pair:
         self.plain = Runner(plain, store, config)
         self.plain._kv = self.recording._kv
         self.vocab = decoder.shape.vocab
+        self.results = set()  # addresses
 
     def prefill(self, sequences):
         self.recording.forward([PlannedRow(s, 0, s.num_tokens) for s in sequences])
@@ -39,7 +46,9 @@ class Pair:
             sequence.output_ids.append((7 * sequence.num_tokens + sequence.request.id) % self.vocab)
         rows = [PlannedRow(s, s.num_tokens - 1, s.num_tokens) for s in sequences]
         expected = self.plain.forward(rows).clone()
-        assert torch.equal(self.recording.forward(rows), expected)
+        result = self.recording.forward(rows)
+        assert torch.equal(result, expected)
+        self.results.add(result.untyped_storage().data_ptr())
 
     @property
     def num_recorded(self):
@@ -79,6 +88,43 @@ def test_a_tape_is_the_step(embedded, monkeypatch):
     for rows in ([first], *[[second]] * 3, [first, plain], [third, first], [plain], sequences, [first]):
         pair.speak(rows)
     assert pair.num_recorded == len(pair.recording._recordings) == 6
+
+
+def write_dora(folder):
+    """A DoRA of two linears of the embedded base."""
+    folder.mkdir()
+    front, tensors = "base_model.model.model.layers.", {}
+    for module, out_features, in_features in (("0.self_attn.q_proj", 576, 576), ("7.mlp.up_proj", 1536, 576)):
+        tensors[f"{front}{module}.lora_A.weight"] = torch.randn(8, in_features) / 20
+        tensors[f"{front}{module}.lora_B.weight"] = torch.randn(out_features, 8) / 20
+        tensors[f"{front}{module}.lora_magnitude_vector"] = torch.rand(out_features) + 1
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "use_dora": True, "target_modules": ["q_proj", "up_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_tape_follows_the_factors(float_base, tmp_path):
+    """Of a DoRA, whose row and a LoRA's take turns in one recording."""
+    store = make_store(float_base.decoder, base=partial(dense_weights, float_base.info.folder))
+    store.add("dora", [(write_dora(tmp_path / "dora"), 1.0)])
+    store.add("odo", [(shipped_personas() / "odo" / "adapter", 1.0)])
+    store.open()
+    pair = Pair(float_base.decoder, store, EngineConfig(kv_tokens=2048))
+    dora, lora, plain = sequences = make_sequences(["dora", "odo", None], (5, 7, 6), store, 20)
+    pair.prefill(sequences)
+    for rows in ([dora], [lora], [dora], [plain], [lora]):
+        pair.speak(rows)
+    assert pair.num_recorded == 2
+
+
+def test_rehearsed_steps_have_the_factors():
+    """A step that is recorded without them would never have them."""
+    adapters = LoraBatch(torch.zeros(4, 8), (), torch.ones(4, 9))
+    steps = [*rehearse_decode(2, 512, [1, 4], adapters, 16), *rehearse_prefill(512, 512, [1], adapters, 16)]
+    with_adapters = [step.lora for step in steps if step.lora is not None]
+    assert len(with_adapters) == 12
+    assert all(lora.multipliers is adapters.multipliers for lora in with_adapters)
 
 
 def test_one_thread_plays_where_openmp_is_another(embedded, monkeypatch):
@@ -127,6 +173,7 @@ def test_a_graph_has_room_for_every_step_of_its_kind(tmp_path):
     pair.speak([plain])
     pair.speak([widest, wide, other, plain])
     assert set(pair.recording._recordings) == {(4, 1, 1), (1, 0, 1), (4, 4, 1)}
+    assert len(pair.results) == 1, "none keeps logits of its own"
 
 
 def test_recordings_are_kept_within_bounds(embedded, monkeypatch):

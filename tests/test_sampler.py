@@ -10,7 +10,7 @@ from npc_kernels.reference import uniform
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from npc_runtime.engine import sampler
-from npc_runtime.engine.core import Request, SamplingParams, Sequence
+from npc_runtime.engine.core import Request, SamplingParams, SeenTokens, Sequence
 
 NO_EOS = frozenset()
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.5, 0.0, 1.0, -3.0, 0.7])
@@ -169,6 +169,38 @@ def test_the_penalty_is_that_of_transformers(penalty):
     torch.testing.assert_close(changed, expected)
 
 
+def test_penalties_of_many_rows_from_step_to_step():
+    """Rows with different penalties and without, that come and go and grow; each token is looked at once."""
+    torch.manual_seed(4)
+    penalties = (1.1, 1.0, 0.7, 3.0)
+    rows = [make_row(n, prompt=[n, 7, 7, 30 + n], repetition_penalty=p) for n, p in enumerate(penalties)]
+    for step in range(6):
+        at_hand = rows[step % 3 :]
+        logits = 5 * torch.randn(len(at_hand), 40)
+        expected = [
+            RepetitionPenaltyLogitsProcessor(row.request.sampling.repetition_penalty)(
+                torch.tensor([[*row.request.prompt_ids, *row.output_ids]]), logits[number : number + 1].clone()
+            )
+            for number, row in enumerate(at_hand)
+        ]
+        sampler.sample(logits, at_hand, NO_EOS, draw=lambda logits, settings: torch.zeros(1))
+        assert torch.equal(logits, torch.cat(expected))
+        for number, row in enumerate(at_hand):
+            row.output_ids.append((step * 5 + number) % 40)
+
+
+def test_a_step_looks_at_new_tokens_only(monkeypatch):
+    """What a penalty costs does not grow with the line."""
+    looked_at, add = [], SeenTokens.add
+    monkeypatch.setattr(SeenTokens, "add", lambda self, tokens: (looked_at.append(len(tokens)), add(self, tokens)))
+    row = make_row(prompt=[3] * 350, repetition_penalty=1.1)
+    for token in (4, 5, 5, 6):
+        sampler.sample(torch.zeros(1, 40), [row], NO_EOS)
+        row.output_ids.append(token)
+    assert looked_at == [350, 1, 1, 1]
+    assert row.seen_ids.tolist() == [3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(("num_output", "is_banned"), [(0, True), (1, True), (2, False)])
 def test_no_end_token_before_min_tokens(num_output, is_banned, temperature, sample):
@@ -253,7 +285,7 @@ KINDS = [
 
 
 def settings_of(rows, vocab):
-    return sampler._settings(rows, torch.empty(len(rows), vocab))
+    return sampler._tell(rows, NO_EOS, vocab, torch.device("cpu")).settings
 
 
 @pytest.mark.parametrize("step", [None, 0.5], ids=["distinct-logits", "equal-logits"])

@@ -41,16 +41,30 @@ def count_characters(messages):
     return tuple(range(len(messages[-1]["content"])))
 
 
+def count_everything(messages):
+    """One token for each character of all messages."""
+    return tuple(range(sum(len(message["content"]) for message in messages)))
+
+
 class Game:
     """A client's side of a session: sends documents, plays the engine's events, keeps what came back."""
 
-    def __init__(self, *personas, subprotocol="npc.v1.json", token=None, opens=True, problems=None, **want):
+    def __init__(
+        self,
+        *personas,
+        subprotocol="npc.v1.json",
+        token=None,
+        opens=True,
+        problems=None,
+        render=count_characters,
+        **want,
+    ):
         self.session = Session(
             name="s1",
             subprotocol=subprotocol,
             info=DaemonInfo("0", "cpu", "torch", wire.BaseModelInfo(name="m", sha256="", context=CONTEXT), token),
             library=Library({persona.id: persona for persona in personas or (BROM,)}, problems or {"mute": MUTE}),
-            render=count_characters,
+            render=render,
             new_request_id=itertools.count(1).__next__,
             new_seed=itertools.count(500).__next__,
         )
@@ -268,6 +282,37 @@ def test_a_prompt_and_reply_larger_than_the_context_are_refused():
     assert len(job.prompt_ids) + 24 == CONTEXT
     assert codes_of(accepted) == ["queued", "context_overflow"]
     assert str(CONTEXT) in accepted.items[1].message
+
+
+def test_a_history_too_long_loses_its_oldest_turns_and_says_so():
+    def talk(num_turns):
+        turns = [{"role": role, "content": "x" * 250} for _ in range(num_turns) for role in ("user", "assistant")]
+        messages = [*turns, {"role": "user", "content": "Well?"}]
+        return {"input": None, "messages": messages, "context": {"facts": ["y" * 900] * 4}}
+
+    game = Game(render=count_everything)
+    accepted, [short, long] = game.generate(talk(2), talk(14))
+    assert codes_of(accepted) == ["queued", "queued"]
+    assert accepted.items[0].message is None
+    assert accepted.items[1].message == "Left out of the prompt: the 8 oldest messages."
+    assert len(long.prompt_ids) - len(short.prompt_ids) == (28 - 8 - 4) * 250
+
+
+def test_a_form_that_cannot_be_kept_is_refused():
+    document = {"schema": 1, "id": "brom", "display_name": "Brom", "bio": "A smith."}
+    shy = Persona.model_validate({**document, "format": {"kind": "choice", "value": ["Aye.", "No."]}})
+    accepted, _ = Game(shy).generate({}, {"format": {"kind": "text"}})
+    assert codes_of(accepted) == ["format_unsupported", "queued"]
+    assert "'format'" in accepted.items[0].hint
+
+
+def test_knowledge_comes_with_this_turns_context():
+    knows = [{"id": "a", "text": "He lies", "when": '"Odo" in nearby and "gold" in said'}]
+    document = {"schema": 1, "id": "brom", "display_name": "Brom", "bio": "A smith.", "knows": knows}
+    game = Game(Persona.model_validate(document))
+    near = {"context": {"nearby": ["Odo"]}, "input": {"text": "Gold?"}}
+    _, jobs = game.generate({**near, "context": {}}, near)
+    assert [len(job.prompt_ids) for job in jobs] == [len("Gold?"), len("(He lies. Nearby: Odo.)\nGold?")]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,14 @@ NUM_TRACES = int(os.environ.get("NPC_TRACES", "10000"))
 
 CONFIG = EngineConfig(block_size=4, kv_tokens=40, max_rows=3, max_step_tokens=8, max_waiting=10, ageing_s=2.0)
 SIZES = {"a": 1, "b": 1, "c": 2, "d": 3}
+
+
+def size_of(version):
+    """Pages of an adapter; the newer versions of `a` and `c` are larger and smaller in turns."""
+    name, _, number = version.partition("#")
+    return SIZES[name] + (int(number or 0) % 2) * {"a": 1, "c": -1}.get(name, 0)
+
+
 NAMES = (None, "a", "b", "c", "d")
 MAX_STEPS_TO_END = 400
 """What is left when nothing more arrives is at most 13 lines of 35 tokens, with a load for each; measured: 96."""
@@ -35,7 +43,7 @@ class Device:
     def run(self, row, pages):
         sequence, adapter = row.sequence, row.sequence.request.adapter
         if adapter is not None:
-            assert [self.pages[page] for page in pages.pages_of(adapter)] == [adapter] * SIZES[adapter]
+            assert [self.pages[page] for page in pages.pages_of(adapter)] == [adapter] * size_of(adapter)
         tokens = sequence.tokens(0, row.stop)
         said = sequence.request.cache_key
         for position, token in enumerate(tokens):
@@ -55,7 +63,11 @@ class Game:
         self.pages = PagePool(num_pages, SIZES, self.start_load)
         self.device = Device(num_pages)
         self.delays = delays  # steps that each load takes, negative for one that fails
-        self.loads = {}  # name -> (steps left, whether it fails)
+        self.loads = {}  # version -> (steps left, whether it fails)
+        self.versions = {name: name for name in SIZES}  # what new lines get
+        self.replaced = 0
+        self.spoken = {}  # id -> the version that its reply began with
+        self.moved = set()  # ids of lines that were preempted and pushed out when their adapter was replaced
         self.now = 0.0
         self.arrived = {}  # id -> request
         self.ended = {}  # id -> reason
@@ -72,8 +84,8 @@ class Game:
             prompt_ids=tuple(range(start, start + prompt)),
             sampling=SamplingParams(seed=0, max_tokens=reply),
             arrival=self.now,
-            cache_key=fields["adapter"] or "",
-            **fields,
+            cache_key=self.versions.get(fields["adapter"], ""),
+            **{**fields, "adapter": self.versions.get(fields["adapter"])},
         )
         self.arrived[request_id] = request
         try:
@@ -86,6 +98,27 @@ class Game:
     def cancel(self, request_id):
         for sequence in self.scheduler.remove([request_id]):
             self.leave(sequence, EndReason.CANCELLED)
+
+    def reload(self, name):
+        """The files of an adapter were replaced: what `AdapterStore` does when the loader has read the new ones."""
+        old, self.replaced = self.versions[name], self.replaced + 1
+        self.versions[name] = new = f"{name}#{self.replaced}"
+        self.pages.add(new, size_of(new))
+        for sequence in self.scheduler.waiting:
+            if sequence.request.adapter != old:
+                continue
+            if sequence.output_ids and self.pages.keep(sequence):
+                sequence.is_promised = True
+                continue
+            if sequence.output_ids:
+                self.moved.add(sequence.request.id)
+            self.pages.leave(sequence)
+            sequence.use_adapter(new, new)
+        self.pages.retire(old)
+        numbers = self.pages.place(new)
+        if numbers:
+            self.start_load(new, numbers)
+        self.check()
 
     # -- what the engine does --
 
@@ -114,7 +147,7 @@ class Game:
                     assert sequence.request.adapter == name
                     self.leave(sequence, EndReason.ERROR)
             else:
-                for page in self.pages._slots[name].pages:
+                for page in self.pages._slots[name].pages:  # those of a replaced one are written too, for nobody
                     self.device.pages[page] = name
                 self.pages.loaded(name)
 
@@ -131,7 +164,7 @@ class Game:
             self.leave(sequence, EndReason.DEADLINE)
         self.outcomes.clear()
         ran_before = {sequence.request.id for sequence in self.scheduler.running}
-        rows = self.scheduler.plan(self.now, self.admit, self.pages.leave)
+        rows = self.scheduler.plan(self.now, self.admit, self.pages.suspend)
         self.check_order(ran_before)
         self.check_rows(rows)
         for row in rows:
@@ -141,6 +174,7 @@ class Game:
         for row in rows:
             sequence = row.sequence
             if row.samples:
+                self.check_version(sequence.request)
                 sequence.output_ids.append(len(sequence.output_ids))
             is_full = len(sequence.output_ids) == sequence.request.sampling.max_tokens
             if is_full or row.ends_warmup:
@@ -158,6 +192,11 @@ class Game:
         self.pages.check_integrity(running, waiting)
         live = [sequence.request.id for sequence in [*running, *waiting]]
         assert sorted([*live, *self.ended]) == list(self.arrived), "a line was lost, or lives on after its end"
+
+    def check_version(self, request):
+        """A reply goes on with what it began with; a line begins with what was the newest when it was let in."""
+        began_with = self.spoken.setdefault(request.id, request.adapter)
+        assert request.adapter == began_with or request.id in self.moved
 
     def check_rows(self, rows):
         assert sum(row.num_tokens for row in rows) <= CONFIG.max_step_tokens
@@ -197,6 +236,7 @@ class Game:
         assert list(self.arrived) == sorted(self.ended), "a line starves"
         assert self.scheduler.blocks.num_used == 0
         assert all(slot.is_idle for slot in self.pages._slots.values())
+        assert self.pages._sizes.keys() == set(self.versions.values()), "an old adapter is kept for nobody"
         for request_id in self.arrived.keys() - self.started:
             assert self.ended[request_id] not in (EndReason.LENGTH, EndReason.STOP)
 
@@ -214,18 +254,20 @@ class Player:
 
     def play(self):
         for byte in self.data:
-            match byte % 12:
+            match byte % 13:
                 case 0 | 1 | 2:
-                    self.add(byte // 12)
+                    self.add(byte // 13)
                 case 3:
-                    self.add(byte // 12, is_warmup=True)
+                    self.add(byte // 13, is_warmup=True)
                 case 4:
-                    self.game.cancel(len(self.game.arrived) - 1 - byte // 12)
+                    self.game.cancel(len(self.game.arrived) - 1 - byte // 13)
                 case 5:
-                    self.game.now += (0.1, 0.5, 2.0, 7.0, 100.0)[byte // 12 % 5]
+                    self.game.now += (0.1, 0.5, 2.0, 7.0, 100.0)[byte // 13 % 5]
                 case 6:
-                    for _ in range(byte // 12 % 6):
+                    for _ in range(byte // 13 % 6):
                         self.game.step()
+                case 7:
+                    self.game.reload("abcd"[byte // 13 % 4])
                 case _:
                     self.game.step()
                     self.game.now += 0.05

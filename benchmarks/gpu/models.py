@@ -101,17 +101,28 @@ class RandomCopies:
     def __init__(
         self, layout: PageLayout, ranks: Mapping[str, int], *, dtype: torch.dtype, shared: bool, pinned: bool = False
     ) -> None:
+        self._layout = layout
         self._ranks = dict(ranks)
-        most = max((-(-rank // PAGE_RANK) for rank in ranks.values()), default=0)
-        source = _random_pages(most, layout, dtype, seed=0)
-        if pinned:
-            source = source.pin_memory()
+        self._dtype = dtype
+        most = max(map(_num_pages, ranks.values()), default=0)
+        self._shared = _random_pages(most, layout, dtype, seed=0) if shared else None
+        if self._shared is not None and pinned:
+            self._shared = self._shared.pin_memory()
         self._pages: dict[str, Tensor] = {}
-        for seed, (name, rank) in enumerate(ranks.items()):
-            pages = source if shared else _random_pages(-(-rank // PAGE_RANK), layout, dtype, seed=seed)
-            self._pages[name] = pages[: -(-rank // PAGE_RANK)]
-            if not shared:
-                _blank_tail(self._pages[name], rank, layout)
+
+    def add(self, name: str, parts: object, *, max_pages: int) -> AdapterPages:
+        """Make the adapter; there are no files."""
+        count = _num_pages(self._ranks[name])
+        if self._shared is not None:
+            self._pages[name] = self._shared[:count]
+        else:
+            self._pages[name] = _random_pages(count, self._layout, self._dtype, seed=len(self._pages))
+            _blank_tail(self._pages[name], self._ranks[name], self._layout)
+        return self.get(name)
+
+    def size_of(self, name: str) -> int:
+        """Pages that the adapter needs."""
+        return len(self._pages[name])
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -123,6 +134,11 @@ class RandomCopies:
         """All adapters."""
         return list(self._pages)
 
+    @property
+    def has_dora(self) -> bool:
+        """None of them is one."""
+        return False
+
     def digest_of(self, name: str) -> str:
         """What identifies the adapter."""
         return name
@@ -130,6 +146,10 @@ class RandomCopies:
     def get(self, name: str) -> AdapterPages:
         """The adapter."""
         return AdapterPages(self._pages[name], self._ranks[name], name, "random")
+
+
+def _num_pages(rank: int) -> int:
+    return -(-rank // PAGE_RANK)
 
 
 def _random_pages(count: int, layout: PageLayout, dtype: torch.dtype, *, seed: int) -> Tensor:
@@ -160,6 +180,8 @@ def make_store(
     store = AdapterStore(decoder.shape, decoder.layout, dtype=decoder.dtype, device=decoder.device, max_pages=max_pages)
     copies: Any = RandomCopies(decoder.layout, ranks, dtype=decoder.dtype, shared=shared, pinned=pinned)
     store.host = copies
+    for name in ranks:
+        store.add(name, ())
     store.open()
     return store
 

@@ -23,10 +23,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["PAGE_RANK", "BatchMetadata", "Codes", "LoraBatch", "LoraSpan"]
+__all__ = ["PAGE_RANK", "BatchMetadata", "Codes", "LoraBatch", "LoraSpan", "copies_from_pinned"]
 
 PAGE_RANK = 16
 """Ranks in one adapter page."""
+
+
+def copies_from_pinned(device: torch.device) -> bool:
+    """Whether a step's copies to a device come from pinned memory, so that nobody waits for their end."""
+    return device.type == "cuda"
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, codes: Codes | None = None) -> None:
         self._dense = PackedLinear(weight, bias)
+        self.bias = bias
         fits = codes is not None and bias is None and PackedCodes.fits(codes)
         self._codes = PackedCodes(codes) if codes is not None and fits else None
         self._max_rows = MAX_CODE_ROWS[weight.dtype] if self._codes is not None else 0
@@ -105,6 +106,7 @@ class _Step(NamedTuple):
     tables: Tensor  # (num_rows, max_blocks) int64
     live: Tensor  # (num_live,) int64
     mask: Tensor  # (num_tokens, num_live) bool
+    first_pages: Tensor  # (num_tokens,) int64, -1 without an adapter
 
     @classmethod
     def of(cls, batch: BatchMetadata, room: Room | None) -> "_Step":
@@ -113,7 +115,11 @@ class _Step(NamedTuple):
             tables = F.pad(tables, (0, -(-room.max_seen // batch.block_size) - tables.shape[1]))
         live = torch.tensor([] if lora is None else lora.live, dtype=torch.long)
         mask = torch.zeros(0, dtype=torch.bool) if lora is None else lora.mask(batch.row_starts)
-        return cls(batch.token_ids, batch.positions, batch.kv_slots, tables, live, mask)
+        pages = [(*owned, -1)[0] for owned in lora.pages] if lora is not None else []
+        first_pages = torch.tensor(pages, dtype=torch.long)
+        if lora is not None:
+            first_pages = first_pages.repeat_interleave(torch.tensor(batch.row_starts).diff())
+        return cls(batch.token_ids, batch.positions, batch.kv_slots, tables, live, mask, first_pages)
 
 
 class Plan:
@@ -183,7 +189,8 @@ class Plan:
         work = self.work
         work.out, work.width = out.data_ptr(), out.shape[1]
         work.x, work.in_features = x.data_ptr(), x.shape[1]
-        work.span_start, work.num_slices = span.start, span.num_slices
+        work.span_start, work.num_slices, work.first_output = span.start, span.num_slices, span.first_output
+        work.bias = 0 if product.bias is None else product.bias.data_ptr()
         work.slice0, work.slice1, work.slice2 = (*span.out_features, 0, 0)[:3]
         work.wide_out = self.scratch("wide_out", work.num_tokens * work.width)
         work.wide_x = self.scratch("wide_x", work.num_tokens * work.in_features)
@@ -226,9 +233,11 @@ class Plan:
         lora, work, step = batch.lora, self.work, self._step
         work.num_live = len(step.live)
         if lora is not None:
-            assert lora.multipliers is None, "no loader makes them yet"
             work.pool, work.page_size = lora.pool.data_ptr(), lora.pool.shape[1]
             work.live, work.mask = step.live.data_ptr(), step.mask.data_ptr()
+            if lora.multipliers is not None:
+                work.multipliers, work.num_outputs = lora.multipliers.data_ptr(), lora.multipliers.shape[1]
+                work.first_pages = step.first_pages.data_ptr()
 
     def _keep(self, tensor: Tensor) -> int:
         """Address of a tensor that lives as long as the plan."""
@@ -277,8 +286,8 @@ def begin(
 
 
 def project(linear: Linear, x: Tensor, plan: Plan, span: LoraSpan) -> Product:
-    """As the twin, the bias included."""
-    return Product(linear(x, plan.tape), x, None)
+    """As the twin, the bias included; what finishes the linear knows it for DoRA, which does not scale it."""
+    return Product(linear(x, plan.tape), x, linear.bias)
 
 
 def head(linear: Linear, x: Tensor, plan: Plan) -> Tensor:

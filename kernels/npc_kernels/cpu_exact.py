@@ -54,6 +54,7 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, codes: Codes | None = None) -> None:
         self._dense = PackedLinear(weight, bias)
+        self.bias = bias
 
     def __call__(
         self,

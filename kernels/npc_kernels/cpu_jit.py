@@ -47,6 +47,7 @@ NUMBERS = [
     *["element", "counter", "num_items", "num_tokens"],  # what is worked on
     *["tiles", "token_ids", "hidden", "x", "out", "result", "weight", "width"],
     *["pool", "page_size", "live", "num_live", "mask"],  # adapters
+    *["multipliers", "num_outputs", "first_output", "first_pages", "bias"],  # DoRA
     *["span_start", "in_features", "num_slices", "slice0", "slice1", "slice2"],
     *["wide_x", "wide_out", "shrunk", "scores"],  # scratch, float32
     *["q_norm", "k_norm", "rotates", "cos", "sin", "positions", "kv_slots", "keys", "values"],  # attention

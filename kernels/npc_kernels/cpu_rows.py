@@ -97,6 +97,32 @@ def _add_page(w: Any, page: Any, start: Any, stop: Any, x: Any, out: Any) -> Non
 
 
 @njit(fastmath=FAST)
+def _scale_row(row: Any, factors: Any) -> None:
+    for n in range(row.shape[0]):
+        row[n] *= factors[n]
+
+
+@njit(fastmath=FAST)
+def _return_bias(row: Any, bias: Any, factors: Any) -> None:
+    for n in range(row.shape[0]):
+        row[n] += wide(bias[n]) * (F32(1) - factors[n])
+
+
+@njit(fastmath=FAST)
+def _scale_tile(w: Any, start: Any, stop: Any, out: Any) -> None:
+    """DoRA: every output times its adapter's factor, but for the bias, which the GEMM has added already."""
+    page = array(w.first_pages, (w.num_tokens,), 0)[start]
+    if page < 0:
+        return
+    place = page * w.num_outputs + w.first_output
+    factors = array(w.multipliers, (place + w.width,), F32(0))[place:]
+    for t in range(start, stop):
+        _scale_row(out[t], factors)
+        if w.bias != 0:
+            _return_bias(out[t], array(w.bias, (w.width,), w.element), factors)
+
+
+@njit(fastmath=FAST)
 def _finish_linear(w: Any, start: Any, stop: Any) -> Any:
     """Rows `[start, stop)` of what a linear returned, in float32, with what their adapter adds.
 
@@ -115,6 +141,8 @@ def _finish_linear(w: Any, start: Any, stop: Any) -> Any:
                 is_loaded = True
             page = array(w.pool, (live[column] + 1, w.page_size), w.element)[live[column]]
             _add_page(w, page, start, stop, x, out)
+    if w.multipliers != 0:
+        _scale_tile(w, start, stop, out)
     return out
 
 

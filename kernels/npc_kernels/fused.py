@@ -19,7 +19,7 @@ from torch import Tensor
 
 from npc_kernels.batch import LoraSpan
 from npc_kernels.gemm import Activations, Planes, row_scale
-from npc_kernels.gpu_plan import SEGMENT, Plan
+from npc_kernels.gpu_plan import SEGMENT, VARYING, Plan
 from npc_kernels.lora import Adapters, AdapterSizes, expand_tile, load_tokens
 from npc_kernels.reference import HeadNorms
 
@@ -86,6 +86,7 @@ def _describe(product: Planes, plan: Plan, span: LoraSpan) -> tuple[_Product, Ad
 def _finish_tile(
     product,
     adapters,
+    num_tokens,
     segment,
     tokens,  # of the segment
     columns,  # (SIZE,) of the slice
@@ -102,12 +103,12 @@ def _finish_tile(
     acc = tl.zeros((SIZE, WIDTH), dtype=tl.float32)
     SPLIT: tl.constexpr = P.SPLIT
     for split in tl.static_range(SPLIT):
-        place = (split * adapters.num_tokens + tokens)[None, :] * P.N + (first + columns)[:, None]
+        place = (split * num_tokens + tokens)[None, :] * P.N + (first + columns)[:, None]
         acc += tl.load(product.planes + place, mask=is_output, other=0.0)
     if A.MAX_PAGES > 0:
-        acc = expand_tile(acc, adapters, segment, tokens, columns, first, width, part, A)
+        acc = expand_tile(acc, adapters, num_tokens, segment, tokens, columns, first, width, part, A)
     if P.TILES > 0:
-        acc *= row_scale(product.squares, tokens, adapters.num_tokens, product.eps, A.K, P.TILES)[None, :]
+        acc *= row_scale(product.squares, tokens, num_tokens, product.eps, A.K, P.TILES)[None, :]
     if P.OUTPUTS > 0 and A.MAX_PAGES > 0:
         page = tl.load(adapters.pages + segment * A.MAX_PAGES)
         place = page.to(tl.int64) * P.OUTPUTS + product.first_output + first + columns
@@ -117,7 +118,7 @@ def _finish_tile(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _begin_kernel(hidden_ptr, weight_ptr, values_ptr, squares_ptr, num_tokens, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     token, tile = tl.program_id(0), tl.program_id(1)
     column = tile * BLOCK + tl.arange(0, BLOCK)
@@ -172,8 +173,8 @@ class _HeadSizes(NamedTuple):
     ROTATES: bool
 
 
-@triton.jit
-def _qkv_kernel(product, adapters, heads, P: tl.constexpr, A: tl.constexpr, H: tl.constexpr):
+@triton.jit(do_not_specialize=VARYING)
+def _qkv_kernel(product, adapters, num_tokens, heads, P: tl.constexpr, A: tl.constexpr, H: tl.constexpr):
     """A segment and a head. The two halves of a head, whose numbers RoPE pairs, are two tiles."""
     segment, head = tl.program_id(0), tl.program_id(1)
     tokens = load_tokens(adapters, segment)
@@ -186,8 +187,10 @@ def _qkv_kernel(product, adapters, heads, P: tl.constexpr, A: tl.constexpr, H: t
     # Beyond the half there is the other one, which is a tile of its own: such columns are sent out of all bounds.
     columns = tl.where(dim < H.HALF, (head - first_head) * HEAD + dim, P.N)
     first = first_head * HEAD
-    low = _finish_tile(product, adapters, segment, tokens, columns, first, width, part, H.SIZE, P, A)
-    high = _finish_tile(product, adapters, segment, tokens, columns + H.HALF, first, width, part, H.SIZE, P, A)
+    low = _finish_tile(product, adapters, num_tokens, segment, tokens, columns, first, width, part, H.SIZE, P, A)
+    high = _finish_tile(
+        product, adapters, num_tokens, segment, tokens, columns + H.HALF, first, width, part, H.SIZE, P, A
+    )
     is_dim = dim < H.HALF
     is_number = is_dim[:, None] & (tokens >= 0)[None, :]
     if not is_v:
@@ -252,15 +255,16 @@ def finish_qkv(
     )
     if plan.num_tokens:
         _qkv_kernel[(len(plan.step.tokens), num_heads + 2 * num_kv_heads)](
-            told, adapters, heads, P=product_sizes, A=adapter_sizes, H=sizes, num_warps=4
+            told, adapters, plan.num_tokens, heads, P=product_sizes, A=adapter_sizes, H=sizes, num_warps=4
         )
     return q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _residual_kernel(
     product,
     adapters,
+    num_tokens,
     hidden_ptr,
     weight_ptr,
     values_ptr,
@@ -273,7 +277,7 @@ def _residual_kernel(
     segment, tile = tl.program_id(0), tl.program_id(1)
     tokens = load_tokens(adapters, segment)
     columns = tile * BLOCK + tl.arange(0, BLOCK)
-    out = _finish_tile(product, adapters, segment, tokens, columns, 0, P.N, 0, BLOCK, P, A)
+    out = _finish_tile(product, adapters, num_tokens, segment, tokens, columns, 0, P.N, 0, BLOCK, P, A)
     is_output = (columns < P.N)[:, None] & (tokens >= 0)[None, :]
     place = tokens[None, :] * P.N + columns[:, None]
     hidden = tl.load(hidden_ptr + place, mask=is_output, other=0.0) + out
@@ -281,7 +285,7 @@ def _residual_kernel(
     tl.store(hidden_ptr + place, hidden, mask=is_output)
     tl.store(values_ptr + place, hidden * weight[:, None], mask=is_output)
     squares = tl.sum(tl.where(is_output, hidden * hidden, 0.0), axis=0)
-    tl.store(squares_ptr + tile * adapters.num_tokens + tokens, squares, mask=tokens >= 0)
+    tl.store(squares_ptr + tile * num_tokens + tokens, squares, mask=tokens >= 0)
 
 
 def finish_residual(
@@ -301,20 +305,30 @@ def finish_residual(
     told, adapters, product_sizes, adapter_sizes = _describe(product, plan, span)
     if num_tokens:
         _residual_kernel[(len(plan.step.tokens), num_tiles)](
-            told, adapters, hidden, weight, values, squares, P=product_sizes, A=adapter_sizes, BLOCK=BLOCK, num_warps=4
+            told,
+            adapters,
+            num_tokens,
+            hidden,
+            weight,
+            values,
+            squares,
+            P=product_sizes,
+            A=adapter_sizes,
+            BLOCK=BLOCK,
+            num_warps=4,
         )
     return Activations(values, squares, eps)
 
 
-@triton.jit
-def _gate_up_kernel(product, adapters, result_ptr, P: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=VARYING)
+def _gate_up_kernel(product, adapters, num_tokens, result_ptr, P: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
     """A segment and a tile of columns, of the gate and of the way up."""
     segment = tl.program_id(0)
     tokens = load_tokens(adapters, segment)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     WIDE: tl.constexpr = P.N // 2
-    gate = _finish_tile(product, adapters, segment, tokens, columns, 0, WIDE, 0, BLOCK, P, A)
-    up = _finish_tile(product, adapters, segment, tokens, columns, WIDE, WIDE, 1, BLOCK, P, A)
+    gate = _finish_tile(product, adapters, num_tokens, segment, tokens, columns, 0, WIDE, 0, BLOCK, P, A)
+    up = _finish_tile(product, adapters, num_tokens, segment, tokens, columns, WIDE, WIDE, 1, BLOCK, P, A)
     place = result_ptr + tokens[None, :] * WIDE + columns[:, None]
     is_output = (columns < WIDE)[:, None] & (tokens >= 0)[None, :]
     tl.store(place, gate / (1.0 + tl.exp(-gate)) * up, mask=is_output)
@@ -331,6 +345,6 @@ def finish_gate_up(
     told, adapters, product_sizes, adapter_sizes = _describe(product, plan, span)
     if plan.num_tokens:
         _gate_up_kernel[(len(plan.step.tokens), triton.cdiv(size, BLOCK))](
-            told, adapters, result, P=product_sizes, A=adapter_sizes, BLOCK=BLOCK, num_warps=4
+            told, adapters, plan.num_tokens, result, P=product_sizes, A=adapter_sizes, BLOCK=BLOCK, num_warps=4
         )
     return result

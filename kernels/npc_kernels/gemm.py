@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from npc_kernels.batch import Codes, LoraSpan
-from npc_kernels.gpu_plan import Plan
+from npc_kernels.gpu_plan import VARYING, Plan
 from npc_kernels.lora import Adapters, AdapterSizes, adapters_of, num_shrinks, operand, shrink_tile
 from npc_kernels.quant import BLOCK, Int4Weight, Int8Weight
 
@@ -215,7 +215,7 @@ def row_scale(squares_ptr, tokens, num_tokens, eps, SIZE: tl.constexpr, TILES: t
     return tl.rsqrt(total / SIZE + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _project_kernel(
     x_ptr,
     weight,
@@ -231,7 +231,7 @@ def _project_kernel(
     pid = tl.program_id(0)
     if pid < num_shrinks:
         if A.MAX_PAGES > 0:
-            shrink_tile(x_ptr, adapters, pid, A)
+            shrink_tile(x_ptr, adapters, num_tokens, pid, A)
     else:
         # Programs with the same weights side by side: the second one finds them in the L2 cache.
         number = pid - num_shrinks
@@ -291,7 +291,7 @@ def _shape_of_launch(bits: int) -> dict[str, int]:
     return {"num_warps": 4, "num_stages": 4} if bits == 16 else {"num_warps": 2, "num_stages": 3}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _head_kernel(
     x_ptr,
     weight,
@@ -330,7 +330,7 @@ def head(
     tokens = plan.step.sampled
     values = x.values if isinstance(x, Activations) else x
     assert values.is_contiguous()
-    result = torch.empty((len(tokens), linear.out_features), dtype=torch.float32, device=values.device)
+    result = plan.logits(len(tokens), linear.out_features)
     weight, weight_sizes = linear.describe(values, 1)
     rows = _rows_of(len(tokens), linear.bits)
     if len(tokens):

@@ -12,6 +12,9 @@ The example of `batch.py`, row 0 with page 5 (1 token), row 1 with pages 2 and 7
 Everything is one int32 tensor in main memory and one copy to the device. A step in which everybody speaks is a CUDA
 graph's: its numbers go into buffers that are large enough for all such steps (`Room`), and rows without a line are left
 over.
+
+Nothing of this may make Triton compile a kernel anew: parts begin where pointers are aligned (`Step.of`), and numbers
+that differ from step to step are not specialised (`VARYING`).
 """
 
 import math
@@ -23,15 +26,40 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from npc_kernels.batch import BatchMetadata, LoraBatch
+from npc_kernels.batch import BatchMetadata, LoraBatch, copies_from_pinned
 
-__all__ = ["CHUNK", "SEGMENT", "Plan", "Room", "Step", "plan", "plan_segments", "plan_tiles", "room"]
+__all__ = [
+    "BUCKETS",
+    "CHUNK",
+    "PLANES",
+    "SEGMENT",
+    "VARYING",
+    "Plan",
+    "Room",
+    "Step",
+    "plan",
+    "plan_segments",
+    "plan_tiles",
+    "room",
+]
 
 SEGMENT = 16
 """Tokens of a segment."""
 
 CHUNK = 256
 """Keys that one program of the attention sees; fixed, so that the sums of a row never depend on its neighbours."""
+
+PLANES = 8
+"""Chunks of a row that are seen side by side: chunk `c` by the programs of plane `c % 8`, however long a row is.
+
+This bounds what the attention keeps until the planes are combined, and how many kinds of graphs there are.
+"""
+
+VARYING = ("num_tokens", "num_shrinks", "num_wanted", "max_blocks")
+"""Arguments that differ from step to step: Triton would compile for 1, for multiples of 16 and for other numbers."""
+
+ALIGNED = 4
+"""Numbers after which a pointer is a multiple of 16 bytes, which Triton also compiles for."""
 
 DECODE_QUERIES, PREFILL_QUERIES = 4, 8
 """Tokens that a tile has room for, in a step in which every row has one token, and else."""
@@ -63,7 +91,15 @@ class Room(NamedTuple):
 
     num_rows: int
     max_pages: int
-    num_chunks: int
+    num_planes: int
+
+
+@dataclass(slots=True)
+class _Shared:
+    """What all CUDA graphs have together, since they never run at the same time."""
+
+    pool: Any = None  # of their memory: torch's handle
+    logits: Tensor | None = None  # (64, vocab) float32: where each leaves its result
 
 
 class Step(NamedTuple):
@@ -80,9 +116,14 @@ class Step(NamedTuple):
 
     @classmethod
     def of(cls, packed: Tensor, shapes: list[tuple[int, ...]]) -> "Step":
-        """Cut the tensor into parts of these shapes."""
-        parts = torch.split(packed, [math.prod(shape) for shape in shapes])
-        return cls(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)))
+        """Cut the tensor into parts of these shapes, each at an aligned place."""
+        parts = torch.split(packed, [_aligned(shape) for shape in shapes])
+        return cls(*(part[: math.prod(shape)].view(shape) for part, shape in zip(parts, shapes, strict=True)))
+
+    @staticmethod
+    def size_of(shapes: list[tuple[int, ...]]) -> int:
+        """Numbers of a tensor for parts of these shapes."""
+        return sum(map(_aligned, shapes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +135,10 @@ class Plan:
     sin: Tensor  # (context, head_dim / 2) float32
     step: Step  # on the device
     tile_queries: int  # tokens that a tile has room for
-    num_chunks: int  # of the longest row
+    num_planes: int  # of the longest row
     packed: Tensor  # what `step` has views of
     host: Tensor  # the same in main memory; pinned, where there is a GPU
-    memory: list[Any]  # of all CUDA graphs together: torch's handle, or nothing yet
+    shared: _Shared | None  # with the other graphs; None: the step is none
 
     @property
     def num_tokens(self) -> int:
@@ -108,6 +149,15 @@ class Plan:
     def max_pages(self) -> int:
         """Pages that a segment has room for."""
         return self.step.pages.shape[1]
+
+    def logits(self, num_rows: int, vocab: int) -> Tensor:  # (num_rows, vocab) float32
+        """Memory for the step's logits; for graphs always the same, or each would keep its own."""
+        shared = self.shared
+        if shared is None:
+            return torch.empty((num_rows, vocab), dtype=torch.float32, device=self.packed.device)
+        if shared.logits is None:
+            shared.logits = torch.empty((BUCKETS[-1], vocab), dtype=torch.float32, device=self.packed.device)
+        return shared.logits[:num_rows]
 
     def refill(self, batch: BatchMetadata) -> None:
         """Take another step of the same room into the same memory: one copy, of which nobody waits for the end.
@@ -122,12 +172,13 @@ class Plan:
         """Capture the step as a CUDA graph and return what launches it; the interpreter computes it call by call."""
         if self.packed.device.type != "cuda":
             return compute
-        compute()  # compiles what is not compiled yet, which cannot be captured
+        assert self.shared is not None
+        compute()  # compiles what is not compiled yet, and makes room for logits: neither can be captured
         graph = torch.cuda.CUDAGraph()
-        if not self.memory:
-            self.memory.append(torch.cuda.graph_pool_handle())
+        if self.shared.pool is None:
+            self.shared.pool = torch.cuda.graph_pool_handle()
         # Of this thread alone: the adapter loader's copies on its own stream have nothing to do with it.
-        with torch.cuda.graph(graph, pool=self.memory[0], capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.shared.pool, capture_error_mode="thread_local"):
             result = compute()
 
         def replay() -> Tensor:
@@ -138,14 +189,14 @@ class Plan:
 
 
 def room(batch: BatchMetadata) -> Room | None:
-    """Steps in which everybody speaks are recorded, by the number of rows, of pages and of chunks, each rounded up."""
+    """Steps in which everybody speaks are recorded, by the number of rows, of pages and of planes, each rounded up."""
     num_pages = max(map(len, batch.lora.pages)) if batch.lora is not None else 0
     if not batch.is_decode or not 0 < batch.num_rows <= BUCKETS[-1] or num_pages > PAGE_CLASSES[-1]:
         return None
     return Room(
         next(size for size in BUCKETS if size >= batch.num_rows),
         _page_class(num_pages),
-        1 << (-(-batch.max_seen // CHUNK) - 1).bit_length(),
+        1 << (_num_planes(batch.max_seen) - 1).bit_length(),
     )
 
 
@@ -155,23 +206,30 @@ def plan(
     """Describe a step; with a room, in buffers that hold any step of that room."""
     queries = DECODE_QUERIES if batch.num_decode == batch.num_rows else PREFILL_QUERIES
     segments, tiles = plan_segments(batch), plan_tiles(batch, queries)
-    num_chunks = -(-batch.max_seen // CHUNK) if room is None else room.num_chunks
-    shapes = _shapes_of(batch, segments, tiles) if room is None else _shapes_for(room, batch.block_size)
-    on_gpu = cos.device.type == "cuda"
-    host = torch.empty(sum(map(math.prod, shapes)), dtype=torch.int32, pin_memory=on_gpu)
+    shapes = _shapes_of(batch, segments, tiles) if room is None else _shapes_for(room, batch.block_size, len(cos))
+    is_pinned = copies_from_pinned(cos.device)
+    host = torch.empty(Step.size_of(shapes), dtype=torch.int32, pin_memory=is_pinned)
     _write(Step.of(host, shapes), batch, segments, tiles)
-    packed = host.to(cos.device, non_blocking=True) if on_gpu else host.to(cos.device, copy=True)
+    packed = host.to(cos.device, non_blocking=is_pinned, copy=True)
     return Plan(
         lora=batch.lora,
         cos=cos,
         sin=sin,
         step=Step.of(packed, shapes),
         tile_queries=queries,
-        num_chunks=num_chunks,
+        num_planes=_num_planes(batch.max_seen) if room is None else room.num_planes,
         packed=packed,
         host=host,
-        memory=[] if previous is None else previous.memory,
+        shared=None if room is None else (previous and previous.shared) or _Shared(),
     )
+
+
+def _aligned(shape: tuple[int, ...]) -> int:
+    return -(-math.prod(shape) // ALIGNED) * ALIGNED
+
+
+def _num_planes(max_seen: int) -> int:
+    return min(-(-max_seen // CHUNK), PLANES)
 
 
 def _page_class(num_pages: int) -> int:
@@ -189,9 +247,10 @@ def _shapes_of(batch: BatchMetadata, segments: list[_Segment], tiles: list[_Tile
     ]
 
 
-def _shapes_for(room: Room, block_size: int) -> list[tuple[int, ...]]:
+def _shapes_for(room: Room, block_size: int, context: int) -> list[tuple[int, ...]]:
     """The parts of the largest step of a room: every row may be a segment of its own."""
-    rows, max_blocks = room.num_rows, room.num_chunks * CHUNK // block_size
+    max_seen = room.num_planes * CHUNK if room.num_planes < PLANES else context
+    rows, max_blocks = room.num_rows, -(-max_seen // block_size)
     return [(rows,), (rows,), (rows,), (rows,), (rows, max_blocks), (rows, SEGMENT), (rows, room.max_pages), (rows, 3)]
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from npc_kernels.batch import PAGE_RANK, LoraSpan
-from npc_kernels.gpu_plan import SEGMENT, Plan
+from npc_kernels.gpu_plan import SEGMENT, VARYING, Plan
 
 __all__ = [
     "AdapterSizes",
@@ -46,13 +46,16 @@ BLOCK_K = tl.constexpr(128)  # inputs that a shrink reads at a time
 
 
 class Adapters(NamedTuple):
-    """What kernels are told of a linear group's adapters: one argument."""
+    """What kernels are told of a linear group's adapters: one argument.
+
+    Triton compiles a kernel anew for numbers in a tuple that are 1 or no multiple of 16 (`gpu_plan.VARYING`), so that
+    nothing may stand here that differs from step to step.
+    """
 
     pool: Tensor  # (num_pages, page_elements)
     tokens: Tensor  # (num_segments, 16) int32
     pages: Tensor  # (num_segments, max_pages) int32
     planes: Tensor  # (split, num_tokens, max_pages, num_slices, 16) float32: `h`, undefined without a page
-    num_tokens: int
     a_start: int  # where the group begins in a page, and its first slice's B
     b_start: int
 
@@ -95,7 +98,7 @@ def adapters_of(plan: Plan, span: LoraSpan, x: Tensor) -> tuple[Adapters, Adapte
         PLANE=triton.cdiv(triton.cdiv(span.in_features, split), BLOCK_K.value) * BLOCK_K.value,
         OPERAND=operand(x.dtype),
     )
-    return Adapters(pool, plan.step.tokens, plan.step.pages, planes, plan.num_tokens, span.start, span.b_start), sizes
+    return Adapters(pool, plan.step.tokens, plan.step.pages, planes, span.start, span.b_start), sizes
 
 
 @triton.jit
@@ -105,7 +108,7 @@ def load_tokens(adapters, segment):
 
 
 @triton.jit
-def shrink_tile(x_ptr, adapters, pid, SIZES: tl.constexpr):
+def shrink_tile(x_ptr, adapters, num_tokens, pid, SIZES: tl.constexpr):
     """One plane of `A x` for a segment, a page and a slice: 16 ranks by 16 tokens."""
     K: tl.constexpr = SIZES.K
     split = pid % SIZES.SPLIT
@@ -124,19 +127,19 @@ def shrink_tile(x_ptr, adapters, pid, SIZES: tl.constexpr):
             is_input = (tokens >= 0)[None, :] & (k < K)[:, None]
             x = tl.load(x_ptr + tokens[None, :] * K + k[:, None], mask=is_input, other=0.0)
             acc = tl.dot(a.to(SIZES.OPERAND), x.to(SIZES.OPERAND), acc, input_precision="ieee")
-        place = _place_of(adapters, split, tokens, index, part, SIZES)
+        place = _place_of(adapters, num_tokens, split, tokens, index, part, SIZES)
         tl.store(place[None, :] + rank[:, None], acc, mask=(tokens >= 0)[None, :])
 
 
 @triton.jit
-def _place_of(adapters, split, tokens, index, part, SIZES: tl.constexpr):
+def _place_of(adapters, num_tokens, split, tokens, index, part, SIZES: tl.constexpr):
     """Where the ranks of some tokens begin in a plane."""
-    token = (split * adapters.num_tokens + tokens) * SIZES.MAX_PAGES + index
+    token = (split * num_tokens + tokens) * SIZES.MAX_PAGES + index
     return adapters.planes + (token * SIZES.SLICES + part) * RANK
 
 
 @triton.jit
-def expand_tile(acc, adapters, segment, tokens, columns, first, width, part, SIZES: tl.constexpr):
+def expand_tile(acc, adapters, num_tokens, segment, tokens, columns, first, width, part, SIZES: tl.constexpr):
     """`acc + B h` of every page that the segment owns, in order: (outputs, 16 tokens) float32.
 
     `columns` are those of slice number `part`, which has `width` and begins at output `first` of its group.
@@ -148,7 +151,7 @@ def expand_tile(acc, adapters, segment, tokens, columns, first, width, part, SIZ
         if page >= 0:
             h = tl.zeros((RANK, WIDTH), dtype=tl.float32)
             for split in tl.static_range(SPLIT):
-                place = _place_of(adapters, split, tokens, index, part, SIZES)
+                place = _place_of(adapters, num_tokens, split, tokens, index, part, SIZES)
                 h += tl.load(place[None, :] + rank[:, None], mask=(tokens >= 0)[None, :], other=0.0)
             b_ptr = adapters.pool + page.to(tl.int64) * SIZES.PAGE + adapters.b_start + RANK * first
             b = tl.load(b_ptr + rank[None, :] * width + columns[:, None], mask=(columns < width)[:, None], other=0.0)
@@ -157,9 +160,9 @@ def expand_tile(acc, adapters, segment, tokens, columns, first, width, part, SIZ
     return acc
 
 
-@triton.jit
-def _shrink_kernel(x_ptr, adapters, SIZES: tl.constexpr):
-    shrink_tile(x_ptr, adapters, tl.program_id(0), SIZES)
+@triton.jit(do_not_specialize=VARYING)
+def _shrink_kernel(x_ptr, adapters, num_tokens, SIZES: tl.constexpr):
+    shrink_tile(x_ptr, adapters, num_tokens, tl.program_id(0), SIZES)
 
 
 def shrink(
@@ -172,7 +175,7 @@ def shrink(
     assert x.shape == (plan.num_tokens, span.in_features)
     adapters, sizes = adapters_of(plan, span, x)
     if num_shrinks(adapters):
-        _shrink_kernel[(num_shrinks(adapters),)](x, adapters, SIZES=sizes, num_warps=4, num_stages=3)
+        _shrink_kernel[(num_shrinks(adapters),)](x, adapters, plan.num_tokens, SIZES=sizes, num_warps=4, num_stages=3)
     return adapters, sizes
 
 
@@ -182,15 +185,15 @@ def num_shrinks(adapters: Adapters) -> int:
     return len(adapters.tokens) * split * max_pages * num_slices if num_tokens else 0
 
 
-@triton.jit
-def _expand_kernel(out_ptr, adapters, N, first, width, part, SIZES: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=VARYING)
+def _expand_kernel(out_ptr, adapters, num_tokens, N, first, width, part, SIZES: tl.constexpr, BLOCK: tl.constexpr):
     segment = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     tokens = load_tokens(adapters, segment)
     place = out_ptr + tokens[None, :] * N + first + columns[:, None]
     is_output = (tokens >= 0)[None, :] & (columns < width)[:, None]
     acc = tl.load(place, mask=is_output, other=0.0).to(tl.float32)
-    acc = expand_tile(acc, adapters, segment, tokens, columns, first, width, part, SIZES)
+    acc = expand_tile(acc, adapters, num_tokens, segment, tokens, columns, first, width, part, SIZES)
     tl.store(place, acc, mask=is_output)
 
 
@@ -207,6 +210,6 @@ def expand(
         grid: Any = (len(adapters.tokens), triton.cdiv(width, BLOCK_OUT))
         if adapters.planes.numel():
             _expand_kernel[grid](
-                out, adapters, out.shape[1], first, width, part, SIZES=sizes, BLOCK=BLOCK_OUT, num_warps=4
+                out, adapters, len(out), out.shape[1], first, width, part, SIZES=sizes, BLOCK=BLOCK_OUT, num_warps=4
             )
         first += width

@@ -1,7 +1,8 @@
 """The data that flows through the engine: requests, sequences, events and the configuration. No torch."""
 
+from array import array
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
 from typing import Literal
 
@@ -16,6 +17,7 @@ __all__ = [
     "Event",
     "Request",
     "SamplingParams",
+    "SeenTokens",
     "Sequence",
     "Spoken",
     "Started",
@@ -52,6 +54,8 @@ class EngineConfig:
     max_step_tokens: int = 512
     max_waiting: int = 1_024
     max_adapter_pages: int = 64
+    max_adapter_rank: int = 64  # the kernels go to 128
+    spare_adapter_pages: int = 2  # for adapters that are new or replaced while the old ones still speak
     adapter_pool_bytes: int = 2 << 30  # pages on the device
     adapter_host_bytes: int = 2 << 30  # copies in main memory
     ageing_s: float = 2.0  # waiting so long raises a line by one priority
@@ -99,6 +103,23 @@ class Request:
 
 
 @dataclass(slots=True, eq=False)
+class SeenTokens:
+    """The different tokens of a line, kept from step to step: what a repetition penalty is for."""
+
+    ids: "array[int]" = field(default_factory=lambda: array("q"))
+    known: set[int] = field(default_factory=set)  # the same
+    num_tokens: int = 0  # of the line, that were looked at
+
+    def add(self, tokens: list[int]) -> None:
+        """Take the tokens that the line has got since."""
+        self.num_tokens += len(tokens)
+        for token in tokens:
+            if token not in self.known:
+                self.known.add(token)
+                self.ids.append(token)
+
+
+@dataclass(slots=True, eq=False)
 class Sequence:
     """A request while the engine works on it."""
 
@@ -113,6 +134,7 @@ class Sequence:
     first_text_at: float | None = None
     num_steps: int = 0
     sum_rows: int = 0  # rows of all its steps, for the average batch size
+    _seen: SeenTokens = field(default_factory=SeenTokens)
 
     @property
     def num_tokens(self) -> int:
@@ -128,6 +150,20 @@ class Sequence:
     def max_tokens(self) -> int:
         """The most KV slots this line can ever need; the last sampled token is never fed back."""
         return len(self.request.prompt_ids) + self.request.sampling.max_tokens - 1
+
+    @property
+    def seen_ids(self) -> "array[int]":
+        """The tokens of prompt and reply, each once."""
+        if self._seen.num_tokens < self.num_tokens:
+            self._seen.add(self.tokens(self._seen.num_tokens, self.num_tokens))
+        return self._seen.ids
+
+    def use_adapter(self, name: str, cache_key: str) -> None:
+        """Compute it with another adapter from the start; it holds no blocks and no adapter."""
+        assert not self.blocks
+        self.request = replace(self.request, adapter=name, cache_key=cache_key)
+        self.block_keys = []
+        self.is_promised = False
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Token ids `[start, stop)` of prompt and reply."""

@@ -17,8 +17,9 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from npc_runtime.engine.adapters import AdapterStore
+from npc_runtime.engine.adapters import AdapterStore, OnReplaced
 from npc_runtime.engine.core import (
     Ended,
     EndReason,
@@ -65,6 +66,13 @@ class _Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class _Replace:
+    name: str
+    parts: tuple[tuple[Path, float], ...]
+    on_done: OnReplaced
+
+
+@dataclass(frozen=True, slots=True)
 class _Loaded:
     """The adapter store has news."""
 
@@ -99,7 +107,7 @@ class Engine:
         self._on_death = on_death
         self.has_died = False  # the thread ended otherwise than by `close`; nothing is generated any more
         self._clock = clock
-        self._commands: queue.SimpleQueue[_Submit | _Cancel | _Loaded | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Submit | _Cancel | _Replace | _Loaded | None] = queue.SimpleQueue()
         adapters.on_loaded = lambda: self._commands.put(_Loaded())
         self._block_size = config.block_size
         self._is_idle = True  # the last step had no rows
@@ -123,6 +131,13 @@ class Engine:
     def cancel(self, ids: Iterable[int]) -> None:
         """End these lines before the next step; ids that are over already are ignored."""
         self._commands.put(_Cancel(frozenset(ids)))
+
+    def replace_adapter(self, name: str, parts: Iterable[tuple[Path, float]], on_done: OnReplaced) -> None:
+        """Put new files of an adapter in use, or those of a new one; `on_done` is called on the engine thread.
+
+        Lines that have spoken keep what they began with. If the files cannot be used nothing changes.
+        """
+        self._commands.put(_Replace(name, tuple(parts), on_done))
 
     def close(self, timeout_s: float) -> None:
         """End every line as cancelled and stop the thread and the loader; what they are in is finished, if soon."""
@@ -161,7 +176,7 @@ class Engine:
             self._take_commands(wait and self._is_idle, events)
             self._end_unloadable(events)
             events += [self._ended(s, EndReason.DEADLINE) for s in self._scheduler.remove_expired(self._clock())]
-            rows = self._scheduler.plan(self._clock(), self._adapters.admit, self._adapters.leave)
+            rows = self._scheduler.plan(self._clock(), self._adapters.admit, self._adapters.suspend)
             self._is_idle = not rows
             if rows:
                 self._run_rows(rows, events)
@@ -227,6 +242,8 @@ class Engine:
             elif isinstance(command, _Cancel):
                 removed = self._scheduler.remove(command.ids)
                 events += [self._ended(sequence, EndReason.CANCELLED) for sequence in removed]
+            elif isinstance(command, _Replace):
+                self._adapters.replace(command.name, command.parts, command.on_done)
             elif isinstance(command, _Submit):
                 for request in command.requests:
                     events += self._add(request)
@@ -240,13 +257,14 @@ class Engine:
 
     def _end_unloadable(self, events: list[Event]) -> None:
         """End the lines whose adapter could not be loaded; a later one has it tried again."""
-        for load in self._adapters.collect():
+        for load in self._adapters.collect(self._scheduler.waiting):
             removed = self._scheduler.remove(load.wanted_by)
             events += [self._ended(sequence, EndReason.ERROR, load.error) for sequence in removed]
 
     def _add(self, request: Request) -> list[Event]:
         if request.adapter is not None:
-            request = replace(request, cache_key=self._adapters.digest_of(request.adapter))
+            version = self._adapters.version_of(request.adapter)
+            request = replace(request, adapter=version, cache_key=self._adapters.digest_of(version))
         try:
             self._scheduler.add(request)
         except WireError as error:

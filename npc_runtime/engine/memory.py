@@ -6,6 +6,7 @@ The base and the pages are as large as they are; the KV cache takes what is left
 from dataclasses import dataclass
 
 import torch
+from npc_kernels.gpu_plan import BUCKETS, PLANES
 
 from npc_runtime.engine.core import EngineConfig
 from npc_runtime.engine.model import ModelShape
@@ -39,10 +40,15 @@ def measure_gpu(device: torch.device) -> GpuMemory:
 
 
 def step_bytes(shape: ModelShape, config: EngineConfig) -> int:
-    """What the largest step needs for its activations (float32 planes of the widest linear) and logits, generously."""
-    planes = 2 * 4 * config.max_step_tokens * 2 * shape.intermediate
-    logits = 3 * 4 * config.max_rows * shape.vocab
-    return planes + logits + GRAPH_BYTES
+    """What the largest step needs for its activations and logits, generously.
+
+    Activations are float32 planes of the widest linear, and of the attention over rows longer than all its planes, with
+    a maximum and a sum each. Logits are what all CUDA graphs leave theirs in, and a step's that is none, twice.
+    """
+    of_linear = 2 * 4 * config.max_step_tokens * 2 * shape.intermediate
+    of_attention = 4 * PLANES * config.max_step_tokens * (shape.q_size + 2 * shape.num_heads)
+    logits = 4 * (BUCKETS[-1] + 2 * config.max_rows) * shape.vocab
+    return of_linear + of_attention + logits + GRAPH_BYTES
 
 
 def fit_kv_tokens(

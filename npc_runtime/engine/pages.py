@@ -9,6 +9,7 @@ is done. Which pages can be given to another adapter:
     promised to a waiting line     none, or two lines could push out each other's adapter before either spoke
     idle                           yes, the least recently used first
     idle and pinned                yes, after all that are not pinned
+    replaced by newer content      as soon as no line uses it and it is promised to none
 
 A pin is an order of leaving and never a claim: were pinned pages kept for nobody, a line whose adapter needs them
 would wait for ever. So a pin ends when its adapter is pushed out after all.
@@ -32,6 +33,7 @@ class _Slot:
     pages: list[int]
     is_ready: bool = False
     is_pinned: bool = False
+    is_retired: bool = False
     users: set[int] = field(default_factory=set)  # ids of requests that run
     promised: set[int] = field(default_factory=set)  # ids of requests that wait for it
     last_used: int = 0
@@ -47,7 +49,7 @@ class PagePool:
     def __init__(self, num_pages: int, sizes: Mapping[str, int], start_load: StartLoad) -> None:
         assert all(0 < size <= num_pages for size in sizes.values())
         self.num_pages = num_pages
-        self._sizes = sizes
+        self._sizes = dict(sizes)
         self._start_load = start_load
         self._slots: dict[str, _Slot] = {}
         self._free = list(range(num_pages))
@@ -98,11 +100,53 @@ class PagePool:
 
     def leave(self, sequence: Sequence) -> None:
         """Take back what `admit` gave or promised, if anything; the adapter stays until its room is needed."""
-        slot = self._slots.get(sequence.request.adapter or "")
+        name = sequence.request.adapter or ""
+        slot = self._slots.get(name)
         if slot is not None:
             slot.users.discard(sequence.request.id)
             slot.promised.discard(sequence.request.id)
             self._touch(slot)
+            self._free_if_retired(name, slot)
+
+    def suspend(self, sequence: Sequence) -> bool:
+        """Take the adapter back from a line that is preempted.
+
+        True: it stays promised to the line, because it was replaced and could not be loaded a second time.
+        """
+        slot = self._slots.get(sequence.request.adapter or "")
+        if slot is None or not slot.is_retired:
+            self.leave(sequence)
+            return False
+        slot.users.discard(sequence.request.id)
+        slot.promised.add(sequence.request.id)
+        return True
+
+    def add(self, name: str, size: int) -> None:
+        """Let there be one more adapter; it has no pages yet."""
+        assert name not in self._sizes
+        assert 0 < size <= self.num_pages
+        self._sizes[name] = size
+
+    def keep(self, sequence: Sequence) -> bool:
+        """Promise a loaded adapter to a line that was preempted, before it is retired; False if it is not there."""
+        slot = self._slots.get(sequence.request.adapter or "")
+        if slot is None or not slot.is_ready:
+            return False
+        slot.promised.add(sequence.request.id)
+        return True
+
+    def retire(self, name: str) -> bool:
+        """The adapter was replaced: nobody asks for it any more but those to whom it is promised.
+
+        Its pages are free when the last line with it has left. Returns whether it was pinned.
+        """
+        slot = self._slots.get(name)
+        if slot is None:
+            del self._sizes[name]
+            return False
+        slot.is_retired = True
+        self._free_if_retired(name, slot)
+        return slot.is_pinned
 
     def pin(self, name: str) -> None:
         """Let a loaded adapter be pushed out only after those that are not pinned."""
@@ -110,13 +154,17 @@ class PagePool:
 
     def loaded(self, name: str) -> None:
         """The adapter's pages are written."""
-        self._slots[name].is_ready = True
+        slot = self._slots[name]
+        slot.is_ready = True
+        self._free_if_retired(name, slot)
 
     def failed(self, name: str) -> frozenset[int]:
         """The adapter could not be loaded: its pages are free again. Returns the ids of who waited for it."""
         slot = self._slots.pop(name)
         assert not slot.is_ready
         self._free.extend(slot.pages)
+        if slot.is_retired:
+            del self._sizes[name]
         return frozenset(slot.promised)
 
     def check_integrity(self, running: Iterable[Sequence], waiting: Iterable[Sequence]) -> None:
@@ -131,6 +179,7 @@ class PagePool:
         for name, slot in slots:
             assert slot.is_ready or not slot.users, f"{name} is used before it is loaded"
             assert len(slot.pages) == self._sizes[name]
+            assert not (slot.is_retired and slot.is_idle), f"the pages of {name} are kept for nobody"
 
     def _reserve(self, name: str) -> _Slot | None:
         """Take pages for the adapter, pushing others out; None, and nobody is pushed out, if that is not enough."""
@@ -146,6 +195,11 @@ class PagePool:
         slot = _Slot([self._free.pop() for _ in range(size)])
         self._slots[name] = slot
         return slot
+
+    def _free_if_retired(self, name: str, slot: _Slot) -> None:
+        if slot.is_retired and slot.is_idle:
+            self._free.extend(self._slots.pop(name).pages)
+            del self._sizes[name]
 
     def _touch(self, slot: _Slot) -> None:
         self._uses += 1

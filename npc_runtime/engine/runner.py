@@ -22,7 +22,7 @@ __all__ = ["Runner"]
 
 
 MAX_RECORDINGS = 192
-"""Recordings that are kept; each has buffers for its rows. A rehearsal makes twenty for each number of pages."""
+"""Recordings that are kept; each has buffers for its rows. A rehearsal makes forty for each class of pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +82,32 @@ class Runner:
         return self._decoder.forward(self._plan, self._kv)
 
     @torch.inference_mode()
+    def score(self, rows: Rows[PlannedRow], wanted: Rows[range]) -> Tensor:  # (num_wanted, vocab) float32
+        """Run all rows in one forward pass; return the logits behind the wanted positions of each, in order.
+
+        For known text, whose tokens are all there: a position lies in its row's chunk, and none need be wanted.
+        """
+        order = sorted(range(len(rows)), key=lambda number: rows[number].num_tokens > 1)
+        ordered = [rows[number] for number in order]
+        starts = dict(zip(order, itertools.accumulate((row.num_tokens for row in ordered), initial=0), strict=False))
+        places = [
+            starts[number] + position - row.start
+            for number, (row, positions) in enumerate(zip(rows, wanted, strict=True))
+            for position in positions
+        ]
+        self._plan = self._decoder.plan(self._describe(ordered, places), self._plan)
+        self.num_forwards += 1
+        return self._decoder.forward(self._plan, self._kv)
+
+    @torch.inference_mode()
     def warm(self, on_progress: Callable[[float], None]) -> None:
         """Compile and record what lines will need, as far as it can be foreseen. Call it before the first line."""
         config, pool = self._config, self._adapters.pool
+        adapters = LoraBatch(pool, (), self._adapters.multipliers)
         sizes = [size for size in set(self._adapters.host.sizes.values()) if size <= len(pool)]
-        prefill = list(rehearse_prefill(config.max_step_tokens, sizes, pool, config.block_size))
-        decode = list(rehearse_decode(config.max_rows, sizes, pool, config.block_size))
+        longest = min(self._decoder.shape.context, config.kv_tokens)
+        prefill = list(rehearse_prefill(config.max_step_tokens, longest, sizes, adapters, config.block_size))
+        decode = list(rehearse_decode(config.max_rows, longest, sizes, adapters, config.block_size))
         for done, batch in enumerate([*prefill, *decode]):
             on_progress(done / (len(prefill) + len(decode)))
             room = self._decoder.kernels.room(batch)
@@ -141,4 +161,4 @@ class Runner:
         """Name the pages of each row's adapter."""
         names = [row.sequence.request.adapter for row in rows]
         pages = tuple(() if name is None else tuple(self._adapters.pages_of(name)) for name in names)
-        return LoraBatch(self._adapters.pool, pages) if any(pages) else None
+        return LoraBatch(self._adapters.pool, pages, self._adapters.multipliers) if any(pages) else None

@@ -1,13 +1,16 @@
 """From logits to the next token of every row: penalties and bounds here, the draw in one kernel for all rows.
 
-Nothing waits for the device before the tokens are read: what a step sends to it are copies from pinned memory.
+Nothing waits for the device before the tokens are read: all that a step says of its sampling is one copy from pinned
+memory (`_Told`). What it costs to say it does not grow with the rows: which tokens they have seen is known from before.
 """
 
+from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
-from typing import Any
+from typing import NamedTuple
 
 import torch
+from npc_kernels.batch import copies_from_pinned
 from npc_kernels.reference import Settings
 from npc_kernels.reference import draw as reference_draw
 from torch import Tensor
@@ -18,6 +21,17 @@ __all__ = ["sample"]
 
 FAR = 1e30
 """Where a penalty next to nothing pushes a logit: beyond all others, and still a number."""
+
+NUM_COLUMNS = 1 + len(Settings._fields)
+
+
+class _Told(NamedTuple):
+    """How the rows are sampled: views of one tensor on the device of the logits."""
+
+    settings: Settings
+    penalties: Tensor  # (num_rows,) float64
+    seen: Tensor  # places of seen tokens among all logits, of rows with a penalty; (num_seen,) int64
+    barred: Tensor  # places of ends that come too early; (num_barred,) int64
 
 
 @torch.inference_mode()
@@ -31,54 +45,66 @@ def sample(
 
     Order: penalty, minimum length, temperature, top-k, top-p, min-p.
     """
-    _penalise(logits, sequences)
-    unripe = [row for row, s in enumerate(sequences) if len(s.output_ids) < s.request.sampling.min_tokens]
-    if unripe:
-        places = [row * logits.shape[1] + token for row in unripe for token in sorted(eos_ids)]
-        logits.view(-1).index_fill_(0, _send(places, torch.long, logits.device), -torch.inf)
-    ids: list[int] = draw(logits, _settings(sequences, logits)).tolist()
+    told = _tell(sequences, eos_ids, logits.shape[1], logits.device)
+    if len(told.seen):
+        _penalise(logits, told)
+    if len(told.barred):
+        logits.view(-1).index_fill_(0, told.barred, -torch.inf)
+    ids: list[int] = draw(logits, told.settings).tolist()
     return ids
 
 
-def _settings(sequences: Rows[Sequence], logits: Tensor) -> Settings:
+def _penalise(
+    logits: Tensor,  # (num_rows, vocab), changed
+    told: _Told,
+) -> None:
+    """Divide positive and multiply negative logits of seen tokens (Keskar et al. 2019), as transformers does."""
+    scores = logits.view(-1)[told.seen]
+    factors = told.penalties.float()[told.seen // logits.shape[1]]
+    changed = torch.where(scores > 0, scores / factors, scores * factors)
+    logits.view(-1)[told.seen] = changed.clamp(-FAR, FAR)
+
+
+def _tell(sequences: Rows[Sequence], eos_ids: frozenset[int], vocab: int, device: torch.device) -> _Told:
+    """Everything at once. The pinned memory is torch's own, which it reuses when the copy is done."""
+    num_rows = len(sequences)
+    seen, counts = array("q"), [0] * num_rows
+    for row, sequence in enumerate(sequences):
+        if sequence.request.sampling.repetition_penalty != 1.0:
+            ids = sequence.seen_ids
+            seen += ids
+            counts[row] = len(ids)
+    barred = [
+        row * vocab + token
+        for row, sequence in enumerate(sequences)
+        if len(sequence.output_ids) < sequence.request.sampling.min_tokens
+        for token in sorted(eos_ids)
+    ]
+    sizes = [num_rows * NUM_COLUMNS, len(seen), len(barred)]
+    is_pinned = copies_from_pinned(device)
+    host = torch.empty(sum(sizes), dtype=torch.long, pin_memory=is_pinned)
+    columns, of_seen, of_barred = torch.split(host, sizes)
+    columns.view(torch.float64).view(NUM_COLUMNS, num_rows).copy_(_columns(sequences, vocab))
+    if seen:
+        firsts = torch.arange(num_rows).mul_(vocab).repeat_interleave(torch.tensor(counts), output_size=len(seen))
+        torch.add(torch.frombuffer(seen, dtype=torch.long), firsts, out=of_seen)
+    if barred:
+        of_barred.copy_(torch.tensor(barred))
+    columns, of_seen, of_barred = torch.split(host.to(device, non_blocking=is_pinned), sizes)
+    penalties, *settings = columns.view(torch.float64).view(NUM_COLUMNS, num_rows).unbind()
+    return _Told(Settings(*settings), penalties, of_seen, of_barred)
+
+
+def _columns(sequences: Rows[Sequence], vocab: int) -> Tensor:  # (NUM_COLUMNS, num_rows) float64
+    """Penalties and settings."""
     params = [sequence.request.sampling for sequence in sequences]
     columns = (
+        [p.repetition_penalty for p in params],
         [p.temperature for p in params],
-        [p.top_k or logits.shape[1] for p in params],
+        [p.top_k or vocab for p in params],
         [p.top_p for p in params],
         [p.min_p for p in params],
         [p.seed for p in params],
         [len(sequence.output_ids) for sequence in sequences],
     )
-    return Settings(*_send(columns, torch.float64, logits.device).unbind())
-
-
-def _penalise(
-    logits: Tensor,  # (num_rows, vocab), changed
-    sequences: Rows[Sequence],
-) -> None:
-    """Divide positive and multiply negative logits of seen tokens (Keskar et al. 2019), as transformers does.
-
-    A token seen twice is written twice, with the same value.
-    """
-    places: list[int] = []
-    penalties: list[float] = []
-    for row, sequence in enumerate(sequences):
-        penalty = sequence.request.sampling.repetition_penalty
-        if penalty != 1.0:
-            seen = (*sequence.request.prompt_ids, *sequence.output_ids)
-            places += [row * logits.shape[1] + token for token in seen]
-            penalties += [penalty] * len(seen)
-    if not places:
-        return
-    index = _send(places, torch.long, logits.device)
-    factors = _send(penalties, torch.float32, logits.device)
-    scores = logits.view(-1)[index]
-    changed = torch.where(scores > 0, scores / factors, scores * factors)
-    logits.view(-1)[index] = changed.clamp(-FAR, FAR)
-
-
-def _send(values: Rows[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on the device. The pinned memory is torch's own, which it reuses when the copy is done."""
-    on_gpu = device.type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=on_gpu).to(device, non_blocking=on_gpu)
+    return torch.tensor(columns, dtype=torch.float64)

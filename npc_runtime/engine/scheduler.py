@@ -21,13 +21,13 @@ from npc_runtime.engine.blocks import BlockPool
 from npc_runtime.engine.core import Admission, EngineConfig, Request, Sequence
 from npc_runtime.errors import ContextOverflow, OverloadError
 
-__all__ = ["Admit", "PlannedRow", "Scheduler"]
+__all__ = ["Admit", "PlannedRow", "Scheduler", "Suspend"]
 
 Admit = Callable[[Sequence], Admission]
 """Takes whatever else a sequence needs to run: its adapter. `LOADING` promises it, until the sequence leaves."""
 
-Leave = Callable[[Sequence], None]
-"""Gives back what `Admit` took."""
+Suspend = Callable[[Sequence], bool]
+"""Gives back what `Admit` took from a line that is preempted; True: all the same it is kept for it, as a promise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Scheduler:
             )
         self.waiting.append(sequence)
 
-    def plan(self, now: float, admit: Admit, leave: Leave) -> list[PlannedRow]:
+    def plan(self, now: float, admit: Admit, suspend: Suspend) -> list[PlannedRow]:
         """Admit what fits, then choose the rows of the next step: all that speak, and prompt chunks by rank."""
         self._admit_waiting(now, admit)
         budget = self._config.max_step_tokens
@@ -98,7 +98,7 @@ class Scheduler:
             size = min(sequence.num_tokens - sequence.num_computed, budget)
             if sequence not in self.running or size == 0:
                 continue  # preempted for one before it, or no budget left
-            if self._make_room(sequence, sequence.num_computed + size, now, leave, rows):
+            if self._make_room(sequence, sequence.num_computed + size, now, suspend, rows):
                 rows.append(PlannedRow(sequence, sequence.num_computed, sequence.num_computed + size))
                 budget -= size
         return rows
@@ -177,21 +177,21 @@ class Scheduler:
         self.running.append(sequence)
 
     def _make_room(
-        self, sequence: Sequence, num_tokens: int, now: float, leave: Leave, planned: list[PlannedRow]
+        self, sequence: Sequence, num_tokens: int, now: float, suspend: Suspend, planned: list[PlannedRow]
     ) -> bool:
         """Give the sequence blocks for so many tokens, preempting the lowest-ranked others; False: it must wait."""
         while self.blocks.num_missing(sequence, num_tokens) > self.blocks.num_free:
             chosen = {row.sequence.request.id for row in planned}
             others = [other for other in self.running if other.request.id not in chosen]
             victim = max(others, key=lambda other: self._rank(other, now))
-            self._preempt(victim, leave)
+            self._preempt(victim, suspend)
             if victim is sequence:
                 return False
         self.blocks.extend(sequence, num_tokens)
         return True
 
-    def _preempt(self, sequence: Sequence, leave: Leave) -> None:
-        leave(sequence)
+    def _preempt(self, sequence: Sequence, suspend: Suspend) -> None:
+        sequence.is_promised = suspend(sequence)
         self.blocks.release(sequence)
         sequence.num_computed = 0
         self.running = [other for other in self.running if other is not sequence]

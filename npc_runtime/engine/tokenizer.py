@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from npc_runtime.engine.markers import find_markers, probe_template
 from npc_runtime.errors import InvalidError, StartupError
 
 __all__ = ["ChatTokenizer", "Decoder", "IncrementalText", "RenderedPrompt"]
@@ -59,34 +60,38 @@ class ChatTokenizer:
             logger.warning("%s has no chat template; a plain 'Player: / Reply:' form is used", folder)
             self._tokenizer.chat_template = PLAIN_TEMPLATE
         self.eos_ids = self._find_eos(folder)
-        added = [token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special]
-        self._special = sorted({*added, *self._tokenizer.all_special_tokens}, key=len, reverse=True)
+        probe = probe_template(self._apply)
+        self._has_system_role = probe is not None and probe.has_system_role
+        if probe is None:
+            probe = probe_template(lambda messages: self._apply(_fold_system(messages)))
+        self._markers = find_markers(self._tokenizer, self._tokenizer.get_chat_template(), probe)
+        self._added = {
+            token_id: token for token_id, token in self._tokenizer.added_tokens_decoder.items() if token.content.strip()
+        }
+        self._normalizes = any(token.normalized for token in self._added.values())
 
     def render(self, messages: Sequence[dict[str, str]]) -> RenderedPrompt:
         """Render chat messages up to where the reply begins.
 
-        Text of the player can never open a turn of its own: special tokens inside message content are taken
-        apart before the template is applied. A template that knows no system role gets the system text in
-        front of the first user message. Raises `InvalidError` for messages that the template refuses.
+        Text of the player can never open a turn of its own: what marks a turn is taken apart inside message content
+        before the template is applied. A template that knows no system role, or puts it behind the history, gets the
+        system text in front of the first user message. Raises `InvalidError` for messages that the template refuses.
         """
         import jinja2
 
         clean = [{**message, "content": self._defuse(message["content"])} for message in messages]
         try:
-            text = self._apply(clean)
-        except jinja2.TemplateError:
-            try:
-                text = self._apply(_fold_system(clean))
-            except jinja2.TemplateError as error:
-                raise InvalidError(
-                    f"The base's chat template does not take these messages ({error}).",
-                    "Let user and assistant turns alternate.",
-                ) from error
+            text = self._apply(clean if self._has_system_role else _fold_system(clean))
+        except jinja2.TemplateError as error:
+            raise InvalidError(
+                f"The base's chat template does not take these messages ({error}).",
+                "Let user and assistant turns alternate.",
+            ) from error
         return RenderedPrompt(text, tuple(self._tokenizer.encode(text, add_special_tokens=False)))
 
     def encode_reply(self, text: str) -> list[int]:
         """Token ids of a reply and the end token behind it, as the model is to learn it."""
-        return [*self._tokenizer.encode(text, add_special_tokens=False), self._tokenizer.eos_token_id]
+        return [*self._tokenizer.encode(self._defuse(text), add_special_tokens=False), self._tokenizer.eos_token_id]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode without special tokens and without cleaning spaces up."""
@@ -103,9 +108,16 @@ class ChatTokenizer:
         return text
 
     def _defuse(self, text: str) -> str:
-        for token in self._special:
-            if token in text:
-                text = text.replace(token, " ".join(token))
+        """Take the markers in a text apart, also those that only the tokenizer's normalizer would make of it."""
+        text = self._markers.take_apart(text)
+        for _ in range(4 if self._normalizes else 0):
+            encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            pairs = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+            spans = [span for token_id, span in pairs if token_id in self._added]
+            if not spans:
+                break
+            for start, end in reversed(spans):
+                text = f"{text[:start]} {' '.join(text[start:end]) if end - start > 1 else ''} {text[end:]}"
         return text
 
     def _find_eos(self, folder: Path) -> frozenset[int]:
@@ -132,16 +144,20 @@ class IncrementalText:
         self._ids: list[int] = []
         self._window = 0  # first token of the window
         self._read = 0  # tokens whose text was returned
+        self._ahead = 0  # characters that were returned of tokens behind those; the last one ends inside a character
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is now complete, often empty for pieces of a character."""
         self._ids.append(token_id)
         known = self._decoder.decode(self._ids[self._window : self._read])
-        text = self._decoder.decode(self._ids[self._window :])
-        if len(text) <= len(known) or text.endswith("\ufffd"):
-            return ""
-        self._window, self._read = self._read, len(self._ids)
-        return text[len(known) :]
+        text = self._decoder.decode(self._ids[self._window :])[len(known) :]
+        whole = text.rstrip("\ufffd")
+        piece = whole[self._ahead :]
+        if whole and whole == text:
+            self._window, self._read, self._ahead = self._read, len(self._ids), 0
+        else:
+            self._ahead = max(self._ahead, len(whole))
+        return piece
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -154,8 +170,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _fold_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Move a leading system message into the first user message."""
+    """Move a leading system message into the first user message, or make it one if the NPC speaks first."""
     if len(messages) < 2 or messages[0]["role"] != "system":
         return messages
     system, first, *rest = messages
+    if first["role"] != "user":
+        return [{**system, "role": "user"}, first, *rest]
     return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from npc_runtime.errors import StartupError
 __all__ = [
     "SUPPORTED",
     "BaseInfo",
+    "dense_weights",
     "describe_base",
     "iterate_weights",
     "place_weights",
@@ -133,18 +134,33 @@ def place_weights(
             yield name, dequantize(to_device(weight, device)).to(dtype)
 
 
+def dense_weights(folder: Path, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the named linears of a base, one after the other, dense and in main memory. Raises `StartupError`."""
+    weights = read_weights(folder, read_scheme(folder), lambda fraction: None, names=names)
+    for name, weight in place_weights(weights, dtype=torch.float32, device=torch.device("cpu"), keeps_codes=False):
+        if name in names and isinstance(weight, Tensor):  # a bias has the same front
+            yield name, weight
+
+
 def read_weights(
-    folder: Path, scheme: Scheme | None, on_progress: Callable[[float], None]
+    folder: Path,
+    scheme: Scheme | None,
+    on_progress: Callable[[float], None],
+    *,
+    names: Collection[str] | None = None,
 ) -> Iterator[tuple[str, BaseWeight]]:
-    """Yield the weights of the folder's safetensors files as they are stored, in main memory."""
-    tensors = _read_tensors(folder, on_progress)
+    """Yield the weights of the folder's safetensors files as they are stored, in main memory; of all or of these."""
+    stems = None if names is None else {name.removesuffix(".weight") for name in names}
+    tensors = _read_tensors(folder, on_progress, stems)
     for name, weight in tensors if scheme is None else unpack(tensors, scheme):
         if isinstance(weight, Tensor) and weight.dtype not in FLOAT_TYPES:
             raise StartupError(f"{folder}: {name} is of type {weight.dtype}.", "Use the float16 or bfloat16 version.")
         yield name, weight
 
 
-def _read_tensors(folder: Path, on_progress: Callable[[float], None]) -> Iterator[tuple[str, Tensor]]:
+def _read_tensors(
+    folder: Path, on_progress: Callable[[float], None], stems: Collection[str] | None
+) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     files = weight_files(folder)
@@ -153,7 +169,8 @@ def _read_tensors(folder: Path, on_progress: Callable[[float], None]) -> Iterato
             with safe_open(path, framework="pt", device="cpu") as file:
                 names = list(file.keys())
                 for done, name in enumerate(names):
-                    yield name, file.get_tensor(name)
+                    if stems is None or name.rpartition(".")[0] in stems:
+                        yield name, file.get_tensor(name)
                     on_progress((index + (done + 1) / len(names)) / len(files))
         except (SafetensorError, OSError) as error:
             raise StartupError(f"{path} cannot be read ({error}).", "Fetch the model again.") from error
