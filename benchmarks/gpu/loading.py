@@ -17,7 +17,7 @@ MAX_STEPS = 10_000
 
 
 class Loading:
-    """A part: rank 16, from pinned main memory as the store has it and from pageable, beside rows that speak with rank 16."""
+    """A part: rank 16 beside rows that speak with rank 16, from pinned main memory, as the store has it, and pageable."""
 
     kind = "loading"
 
