@@ -17,7 +17,7 @@ MAX_STEPS = 10_000
 
 
 class Loading:
-    """A part: rank 16 beside rows that speak with rank 16, from pinned main memory, as the store has it, and pageable."""
+    """A part: rank 16 beside rows that speak with rank 16, from pinned main memory, as the store has it, and others."""
 
     kind = "loading"
 
