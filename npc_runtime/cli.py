@@ -130,6 +130,7 @@ def serve(
     prepare_process()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("websockets").setLevel(logging.ERROR)
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # counts changes; what they meant is logged by us
     logging.raiseExceptions = False  # a spawner may close the pipe that stderr is
     settings = Settings(
         base=base,

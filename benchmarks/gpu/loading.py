@@ -17,7 +17,7 @@ MAX_STEPS = 10_000
 
 
 class Loading:
-    """A part: rank 16, from pageable and from pinned main memory, beside rows that speak with rank 16."""
+    """A part: rank 16 beside rows that speak with rank 16, from pinned main memory, as the store has it, and others."""
 
     kind = "loading"
 
@@ -28,7 +28,8 @@ class Loading:
     @property
     def items(self) -> list[str]:
         """Where the adapter comes from."""
-        return ["a rank-16 adapter as the store has it", *(["a rank-16 adapter, pinned"] if self._setup.on_gpu else [])]
+        pageable = ["a rank-16 adapter, from pageable memory"] if self._setup.on_gpu else []
+        return ["a rank-16 adapter as the store has it", *pageable]
 
     def measure(self, item: str) -> dict[str, Any]:
         """Medians and the longest, over some loads."""
@@ -37,7 +38,7 @@ class Loading:
         names = [f"a{number}" for number in range(rows)]
         ranks = {name: 16 for name in [*names, "x", "y"]}
         # One page more than the rows need: x and y push each other out.
-        pinned = item.endswith("pinned")
+        pinned = self._setup.on_gpu and "pageable" not in item
         store = make_store(self._bed.base.decoder, ranks, shared=True, pinned=pinned, max_pages=rows + 1)
         runner, lines = self._bed.runner(store), self._bed.lines(rows, self._setup.prompts[0], names)
         for line in lines:
