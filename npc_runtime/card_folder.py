@@ -5,7 +5,6 @@ persona has no place for. `portrait.png` is the picture.
 """
 
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from npc_runtime.cards import CARD_FIELDS, OWN_FIELDS, Card
 from npc_runtime.errors import CardInvalid, StartupError
 from npc_runtime.persona import FILE_NAME, Persona
 from npc_runtime.png import draw_portrait
+from npc_runtime.whole_file import replace_file
 
 __all__ = ["CARD_NAME", "PICTURE_NAME", "ImportedCard", "export_card", "import_card"]
 
@@ -159,9 +159,6 @@ def _read(path: Path, max_bytes: int) -> bytes:
 def _replace_file(path: Path, data: bytes) -> None:
     """Put a file in place at once."""
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-            file.write(data)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
+        replace_file(path, data)
     except OSError as error:
         raise StartupError(f"{path} cannot be written: {error.strerror}.", "Choose another place.") from error

@@ -5,7 +5,6 @@ nothing of tokens, models or sockets.
 """
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
@@ -43,6 +42,7 @@ from npc_runtime.schema import (
     find_reason,
     find_remedy,
 )
+from npc_runtime.whole_file import replace_file
 
 __all__ = ["FILE_NAME", "Library", "Persona", "find_problems", "shipped_personas"]
 
@@ -215,7 +215,7 @@ class Persona(Part):
                 )
             data = change_document(old, wanted, changed) if raw else data
         folder.mkdir(parents=True, exist_ok=True)
-        _replace_file(path, data)
+        replace_file(path, data)
         return path
 
     def _differs(self, key: str, raw: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
@@ -407,14 +407,3 @@ def _line_of(document: Document, error: ErrorDetails) -> int:
 
 def _texts(value: Any) -> list[str]:
     return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
-
-
-def _replace_file(path: Path, data: bytes) -> None:
-    """Put the file in place at once: whoever reads sees the old one or the new one."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        file.write(data)
-    if path.exists():
-        os.chmod(file.name, path.stat().st_mode & 0o777)
-    else:
-        os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
