@@ -127,7 +127,7 @@ def _open_stage(task: Task, cast: "_Cast", on_progress: OnProgress, *, determini
     """Load the base and all adapters. Raises what is wrong with the adapter of anybody who is judged."""
     base = load_base(task.base, task.dtype, on_progress, deterministic=deterministic)
     config = EngineConfig(kv_tokens=KV_TOKENS)
-    adapters = make_store(base.decoder.shape, base.device, config)
+    adapters = make_store(base.decoder.shape, base.device, config, base.info.folder)
     load_adapters(adapters, cast.library, base.info.name)
     for persona in cast.judged:
         cast.library.find(persona.id)
@@ -178,7 +178,10 @@ def _measure(stage: _Stage, cast: _Cast, on_progress: OnProgress) -> LossMatrix 
     tokenizer = stage.base.tokenizer
     passages = {
         persona.id: [
-            Passage(tokenizer.render(persona.messages([], exchange.player)).token_ids, _encode(tokenizer, exchange.npc))
+            Passage(
+                tokenizer.render(persona.messages(exchange.earlier, exchange.player)).token_ids,
+                _encode(tokenizer, exchange.npc),
+            )
             for exchange in cast.authored[persona.id].heldout
         ]
         for persona in cast.judged

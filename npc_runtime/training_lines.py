@@ -19,7 +19,7 @@ from npc_runtime.errors import PersonaInvalid
 from npc_runtime.persona import Persona
 from npc_runtime.prompt import Message
 
-__all__ = ["TrainingLine", "TrainingSet", "read_training_set"]
+__all__ = ["HELDOUT", "LINES", "TrainingLine", "TrainingSet", "read_lines", "read_training_set"]
 
 LINES, HELDOUT = "lines.jsonl", "heldout.jsonl"
 
@@ -80,9 +80,9 @@ class TrainingSet(NamedTuple):
 def read_training_set(persona: Persona, count_tokens: Callable[[str], int]) -> TrainingSet:
     """Read and judge a persona's lines. Raises `PersonaInvalid` with everything that is wrong with them."""
     problems: list[str] = []
-    train = _read(persona.folder / LINES, problems)
+    train = read_lines(persona.folder / LINES, problems)
     has_heldout = (persona.folder / HELDOUT).is_file()
-    heldout = _read(persona.folder / HELDOUT, problems) if has_heldout else []
+    heldout = read_lines(persona.folder / HELDOUT, problems) if has_heldout else []
     if len(train) < MIN_LINES and not problems:
         problems.append(f"{LINES} has {len(train)} lines; at least {MIN_LINES} are needed, 100 to 200 are better")
     if has_heldout and not heldout and not problems:
@@ -106,7 +106,8 @@ def _refuse(folder: Path, problems: list[str]) -> PersonaInvalid:
     )
 
 
-def _read(path: Path, problems: list[str]) -> list[TrainingLine]:
+def read_lines(path: Path, problems: list[str]) -> list[TrainingLine]:
+    """One file; whatever is wrong with it is added to the problems."""
     try:
         data = path.read_bytes()
         if len(data) > MAX_BYTES:

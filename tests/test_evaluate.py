@@ -24,6 +24,21 @@ from npc_runtime.evaluation.losses import LossMatrix, Passage, Score, measure_lo
 from npc_runtime.persona import Library, Persona, shipped_personas
 from npc_runtime.train import measure_loss
 
+# -- lines that somebody wrote ---------------------------------------------------------------------------------
+
+
+def test_lines_are_read_as_they_are_for_training(make_persona):
+    folder = make_persona("guard")
+    line = {"player": "And then?", "npc": "Nothing.", "history": [{"player": "Who came?", "npc": "A smith."}]}
+    (folder / "heldout.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8-sig")
+    authored = read_authored(Persona.load(folder))
+    assert authored.lines == ()
+    assert [message["content"] for message in authored.heldout[0].earlier] == ["Who came?", "A smith."]
+    (folder / "lines.jsonl").write_text('{"player": "Hi.", "npc": "Halt."}\n{"player": "Hi."}\n')
+    with pytest.raises(PersonaInvalid, match=r"guard: lines\.jsonl, line 2: the line has no text in 'npc'"):
+        read_authored(Persona.load(folder))
+
+
 # -- losses --------------------------------------------------------------------------------------------------
 
 RANKS = (8, 24, 64, 16)
