@@ -26,6 +26,7 @@ from npc_runtime.effects import (
     Watch,
 )
 from npc_runtime.engine.core import Ended, Spoken, Started
+from npc_runtime.errors import InternalError
 from npc_runtime.session import Session
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ SEND_TIMEOUT_S = 10.0
 MAX_OUTBOX = 2_048  # messages; more than all ends of a full connection
 CONGESTED_OUTBOX = 16  # from here on deltas wait and merge
 MAX_WATCHED_OUTBOX = 64  # from here on a watcher misses what other connections say
-SEND_BUFFER = 256 * 1024
+SEND_BUFFER = 64 * 1024
 """Bytes that the system may hold for a client that does not read; left to itself it takes megabytes, and hides for
 minutes that nobody listens."""
 
@@ -153,7 +154,12 @@ class Connection:
 
     def _take(self, frame: bytes | str) -> None:
         had_said_hello = self.session.has_said_hello
-        self.perform(self.session.receive(frame, time.monotonic()))
+        try:
+            self.perform(self.session.receive(frame, time.monotonic()))
+        except Exception:  # a defect that one message met must not end the lines that are being spoken
+            logger.exception("session=%s a message could not be handled", self.session.name)
+            error = InternalError("The message could not be handled.", "The daemon's log has the details.")
+            self.perform(self.session.fail(None, error))
         if self.session.has_said_hello and not had_said_hello:
             session = self.session
             logger.info("opened session=%s client=%r subprotocol=%s", session.name, session.client, session.subprotocol)
