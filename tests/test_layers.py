@@ -96,6 +96,8 @@ LAYERS = [
     "npc_runtime.engine.rehearsal",
     "npc_runtime.engine.runner",
     "npc_runtime.engine.engine",
+    "npc_runtime.recording",
+    "npc_runtime.replay",
     "npc_runtime.connection",
     "npc_runtime.server",
     "npc_runtime.batch",
