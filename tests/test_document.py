@@ -5,7 +5,8 @@ import tracemalloc
 
 import pytest
 
-from npc_runtime.document import DocumentError, change_document, read_document, write_document
+from npc_runtime.document import DocumentError, read_document
+from npc_runtime.document_change import change_document, write_document
 
 FILE = b"""\
 # The innkeeper.
