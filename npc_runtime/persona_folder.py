@@ -118,7 +118,7 @@ class PersonaFolder:
             raise InvalidError(f"persona: '{shown}' cannot be an id.", "An id has small letters, digits, - and _.")
         folder = self._folder / persona_id
         for path in (folder, folder / FILE_NAME):
-            if os.path.realpath(path) != str(path):
+            if path.is_symlink() or os.path.realpath(path) != str(path):  # the second finds Windows' other kinds too
                 raise InvalidError(
                     f"persona: {path} is a link, and clients see only what is in {self._folder} itself.",
                     "Put the files themselves there.",
