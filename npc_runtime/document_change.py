@@ -34,26 +34,33 @@ def change_document(data: bytes, wanted: Mapping[str, Any], changed: Collection[
     expected = {key: value for key, value in before.items() if key not in changed}
     expected |= {key: wanted[key] for key in changed if key in wanted}
     text = decode_text(data)
-    blocks = _blocks(text)
-    for apply in (_merge, lambda old, new: _spell(new)):  # the second loses comments, where ruamel stumbles over them
-        dumped = _change(text, blocks, wanted, changed, apply)
+    ways = ((_load, _merge), (_load, _anew), (lambda *_: _spell(before), _anew))  # each loses more comments
+    for load, apply in ways:
+        blocks = _blocks(text)
+        try:
+            dumped = _change(load(text, blocks), text, wanted, changed, apply)
+        except Exception:  # ruamel stumbles over texts that we read: << that is no merging, dates that are none
+            continue
         result = _encode(_splice(blocks, dumped, changed, text) if blocks else dumped, data)
         if _says(result, expected):
             return result
     return write_document(expected)
 
 
+def _load(text: str, blocks: "dict[str, _Block] | None") -> Any:
+    """The file as ruamel has it; the fields alone where `_splice` puts back what is between them."""
+    # ruamel would take what stands between two fields for part of the first.
+    return _round_trip(text).load("".join(block.body for block in blocks.values()) if blocks else text)
+
+
 def _change(
+    tree: Any,
     text: str,
-    blocks: "dict[str, _Block] | None",
     wanted: Mapping[str, Any],
     changed: Collection[str],
     apply: Callable[[Any, Any], Any],
 ) -> str:
-    """Let ruamel write the file with its changes; the fields alone where `_splice` puts back what is between them."""
-    yaml = _round_trip(text)
-    # ruamel would take what stands between two fields for part of the first.
-    tree = yaml.load("".join(block.body for block in blocks.values()) if blocks else text)
+    """Let ruamel write the file with its changes."""
     order = list(wanted)
     for key in sorted(changed, key=lambda key: order.index(key) if key in order else -1):
         if key not in wanted:
@@ -114,6 +121,10 @@ def _spell(value: Any) -> Any:
     ):
         return DoubleQuotedScalarString(value)
     return value
+
+
+def _anew(old: Any, new: Any) -> Any:
+    return _spell(new)
 
 
 def _merge(old: Any, new: Any) -> Any:

@@ -236,19 +236,20 @@ class Persona(Part):
 
     def find_locked(self, raw: Mapping[str, Any], line_of: LineOf) -> list[Problem]:
         """The changes to fields that a file locks."""
-        locked = raw.get("locked")
-        names = {item for item in locked if isinstance(item, str)} if isinstance(locked, list) else set()
+        locked = raw["locked"] if isinstance(raw.get("locked"), list) else []
         return [
             Problem((name,), f"'{name}' is locked", "Take it off the list 'locked' first.", line_of((name,)))
-            for name in sorted(self.changed_fields(raw) & names)
+            for name in sorted(self.changed_fields(raw))
+            if name in locked
         ]
 
     def _differs(self, key: str, raw: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+        least = {"schema": 1, "id": "x", "display_name": "x", "bio": "x"}
         if key not in raw:
-            default = type(self)(schema=1, id="x", display_name="x", bio="x")
-            return bool(wanted[key] != default.model_dump(mode="json", by_alias=True).get(key))
+            default = type(self).model_validate(least).model_dump(mode="json", by_alias=True)
+            return key in least or bool(wanted[key] != default.get(key))
         try:
-            told = type(self).model_validate({"schema": 1, "id": "x", "display_name": "x", "bio": "x", key: raw[key]})
+            told = type(self).model_validate({**least, key: raw[key]})
         except ValidationError:
             return True
         return key not in wanted or bool(told.to_document()[key] != wanted[key])
@@ -358,13 +359,13 @@ def read_fields(fields: Any, folder: Path | None, line_of: LineOf = lambda path:
         return Reading(None, None, [Problem((), "the document is not a map of fields", "Start it with 'schema: 1'.")])
     version = fields.get("schema")
     if type(version) is int and version > SCHEMA_VERSION:
-        newer = f"schema {version} is newer than this program reads ({SCHEMA_VERSION})"
+        what = f"schema {version} is newer than this program reads ({SCHEMA_VERSION})"
         remedy = "Update npc-runtime, or save the persona for the older schema."
-        return Reading(fields, None, [Problem(("schema",), newer, remedy, line_of(("schema",)))])
-    problems = []
+        return Reading(fields, None, [Problem(("schema",), what, remedy, line_of(("schema",)))])
+    problems: list[Problem] = []
     if folder is not None and isinstance(fields.get("id"), str) and fields["id"] != folder.name:
         what = f"id '{fields['id'][:64]}' is not the folder's name '{folder.name}'"
-        problems.append(Problem(("id",), what, "Rename one of them.", line_of(("id",))))
+        problems = [Problem(("id",), what, "Rename one of them.", line_of(("id",)))]
     persona = None
     try:
         persona = Persona.model_validate(fields)

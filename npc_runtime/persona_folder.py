@@ -118,12 +118,12 @@ class PersonaFolder:
             raise InvalidError(f"persona: '{shown}' cannot be an id.", "An id has small letters, digits, - and _.")
         folder = self._folder / persona_id
         for path in (folder, folder / FILE_NAME):
-            if path.is_symlink() or os.path.realpath(path) != str(path):  # the second finds Windows' other kinds too
+            if os.path.islink(path) or os.path.realpath(path) != str(path):  # the second finds Windows' other kinds too
                 raise InvalidError(
                     f"persona: {path} is a link, and clients see only what is in {self._folder} itself.",
                     "Put the files themselves there.",
                 )
-        if os.path.lexists(folder / FILE_NAME) and not (folder / FILE_NAME).is_file():
+        if os.path.lexists(folder / FILE_NAME) and not os.path.isfile(folder / FILE_NAME):
             raise InvalidError(f"persona: {folder / FILE_NAME} is not a file.", "Move it away.")
         return folder
 

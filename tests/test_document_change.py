@@ -141,3 +141,27 @@ def test_empty_lines_take_no_time():
     started = time.process_time()
     assert change_document(file, {"bio": "y", "tags": ["a"]}, {"bio"}) == file.replace(b"x", b"y")
     assert time.process_time() - started < 2
+
+
+ODD_FIELDS = [b"notes: {<<: a}", b"goals: [<<: yes]", b"notes: 2026-99-99", b"1: x", b"null: x", b"true: 1"]
+ODD_FIELDS += [b"notes: {1: a, '1.0': b}", b"notes: 0o9", b"notes: 1_000", b"notes: 12:30:45"]
+
+
+@pytest.mark.parametrize("line", ODD_FIELDS)
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_what_means_something_else_to_ruamel_is_kept_with_the_comments(line, where):
+    """Merge keys, numbers and times of YAML 1.1: here they are text."""
+    more = {**read_document(line).value}
+    file = line + b"\n" + FILE.lstrip() if where == "before" else FILE + line + b"\n"
+    wanted = {key: value for key, value in {**values(), **more, "bio": "Other."}.items() if key != "examples"}
+    after = change_document(file, wanted, {"bio", "examples"})
+    assert read_document(after).value == wanted
+    assert line in after
+    for comment in (b"# the folder", b"# by ear", b"# --- what he knows ---", b"# quoted", b"# The voice."):
+        assert after.count(comment) == (comment != b"# The voice."), after.decode()
+
+
+@pytest.mark.parametrize("line", [b"<<: x", b"~: x", b"=: =", b"? notes\n: x"])
+def test_what_is_no_field_at_all_costs_comments_at_most(line):
+    wanted = {**values(), "bio": "Other."}
+    assert read_document(change_document(FILE + line + b"\n", wanted, {"bio", "<<", "~", "=", "notes"})).value == wanted

@@ -247,6 +247,28 @@ def test_what_somebody_else_wrote_is_not_lost(personas, place):
     assert not (place / "cook").exists()
 
 
+class Meddling(dict):
+    """A document during whose check somebody else saves the persona."""
+
+    path = Path()
+
+    def items(self):
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.write_bytes(b"theirs")
+        return super().items()
+
+
+@pytest.mark.parametrize("persona_id", ["guard", "cook"])
+@pytest.mark.parametrize("has_etag", [True, False])
+def test_what_somebody_else_writes_meanwhile_is_not_lost_either(personas, place, persona_id, has_etag):
+    document = Meddling({**DOCUMENT, "id": persona_id})
+    document.path = place / persona_id / "persona.yaml"
+    etag = ("" if persona_id == "cook" else personas.get("guard")["etag"]) if has_etag else None
+    with pytest.raises(InvalidError, match=r"etag: .* is just being changed by somebody else"):
+        personas.put(persona_id, document, etag=etag)
+    assert document.path.read_bytes() == b"theirs"
+
+
 def test_of_many_who_save_at_once_one_wins_and_the_others_know(personas, place):
     etag = personas.get("guard")["etag"]
     told, torn, is_over = [], [], threading.Event()
