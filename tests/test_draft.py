@@ -5,7 +5,7 @@ import pytest
 from npc_runtime import protocol as wire
 from npc_runtime.draft import check_document, read_draft
 from npc_runtime.errors import AdapterMissing, InvalidError, PersonaInvalid, WireError
-from npc_runtime.line import line_prompt, resolve_sampling
+from npc_runtime.line import resolve_sampling
 from npc_runtime.persona import Library, Persona
 
 DOCUMENT = {"schema": 1, "id": "guard", "display_name": "Guard", "bio": "Watches the gate."}
@@ -27,9 +27,8 @@ def test_a_draft_is_a_persona_like_any_other():
         },
         library_of(),
     )
-    request = wire.LineRequest.model_validate({"line": 1, "persona": "guard", "input": {"text": "Hi"}})
-    assert line_prompt(request, draft, {"war": True}).knowledge == ("There is war.",)
-    assert resolve_sampling(request.sampling, draft, lambda: 3).max_tokens == 9
+    assert draft.prompt([], "Hi", facts={"war": True}).knowledge == ("There is war.",)
+    assert resolve_sampling(wire.LineSampling(), draft, lambda: 3).max_tokens == 9
     assert (draft.adapter_name, draft.fallback.timeout) == (None, ("Hm.",))
 
 

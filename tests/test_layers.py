@@ -168,7 +168,6 @@ WITHOUT_TORCH = [
     "npc_runtime.prompt",
     "npc_runtime.persona",
     "npc_runtime.wire_document",
-    "npc_runtime.draft",
     "npc_runtime.persona_folder",
     "npc_runtime.session",
     "npc_runtime.discovery",
