@@ -13,16 +13,19 @@ import time
 
 import pytest
 import torch
-from conftest import MS, RUNTIME_FOLDER, DaemonProcess, discard
+from conftest import MS, RUNTIME_FOLDER, RunningDaemon, daemon_environment, discard
 from game import line, play
 from websockets.exceptions import ConnectionClosed
 
 import npc_runtime.daemon as daemon_module
 from npc_runtime import handover
+from npc_runtime.daemon_process import DaemonProcess
 from npc_runtime.discovery import Endpoint, write_endpoint
 from npc_runtime.errors import EngineDied, StartupError
 from npc_runtime.handover import Handover
+from npc_runtime.logs import Log
 from npc_runtime.persona import shipped_personas
+from npc_runtime.project_lock import ProjectLock
 
 SCRIPT = """
 import os, pathlib, torch
@@ -64,9 +67,9 @@ def broken_daemon(tmp_path):
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={**os.environ, "XDG_RUNTIME_DIR": RUNTIME_FOLDER.name},
+            env=daemon_environment(),
         )
-        daemon = DaemonProcess(process, log, json.loads(process.stdout.readline()))
+        daemon = RunningDaemon(process, log, json.loads(process.stdout.readline()))
         running.append(daemon)
         return daemon
 
@@ -157,9 +160,13 @@ def test_a_device_that_fails_while_the_base_is_loaded_is_said(monkeypatch, tmp_p
         raise error
 
     monkeypatch.setattr(daemon_module, "_load_and_serve", fail)
-    settings = daemon_module.Settings("base", tmp_path, "127.0.0.1", 0, "auto", None, True, "broken")
-    with pytest.raises(kind, match=message):
-        daemon_module.run_daemon(settings, contextlib.nullcontext)
+    settings = daemon_module.Settings("base", tmp_path, "127.0.0.1", 0, "auto", None, True)
+    log = Log()
+    try:
+        with pytest.raises(kind, match=message):
+            daemon_module.run_daemon(settings, DaemonProcess("broken", log), contextlib.nullcontext)
+    finally:
+        log.close()
     assert not path.exists()
 
 
@@ -172,7 +179,7 @@ def bound():
 
 
 def leave(monkeypatch, sock, **changes):
-    passed = {"pid": os.getpid(), "token": "t", "replaced_at": [1.0], **changes}
+    passed = {"pid": os.getpid(), "token": "t", "replaced_at": [1.0], "lock_fd": None, **changes}
     if "fd" not in passed:
         passed["fd"] = os.dup(sock.fileno())
     monkeypatch.setenv(handover.VARIABLE, json.dumps(passed))
@@ -191,7 +198,21 @@ def test_what_was_passed_on_is_taken_once(bound, monkeypatch):
     taken.sock.close()
 
 
-@pytest.mark.parametrize("changes", [{"pid": 1}, {"fd": 9_999}, {"fd": "x"}, {"replaced_at": 3}])
+def test_the_lock_is_passed_on(bound, monkeypatch, tmp_path):
+    lock = ProjectLock.take(tmp_path / "game.lock")
+    os.set_inheritable(lock.fd, True)
+    leave(monkeypatch, bound, lock_fd=lock.fd)
+    taken = Handover.take()
+    assert taken.lock_fd == lock.fd
+    assert not os.get_inheritable(lock.fd)
+    taken.sock.close()
+    successor = Handover(bound, "t", (), lock.fd).successor()
+    assert successor.lock_fd == lock.fd
+    successor.sock.close()
+    lock.release()
+
+
+@pytest.mark.parametrize("changes", [{"pid": 1}, {"fd": 9_999}, {"fd": "x"}, {"replaced_at": 3}, {"lock_fd": 9_999}])
 def test_what_is_not_for_this_process_is_left_alone(bound, monkeypatch, changes):
     own = leave(monkeypatch, bound)["fd"]
     leave(monkeypatch, bound, **{"fd": own, **changes})
