@@ -54,6 +54,7 @@ class RunningDaemon:
     process: subprocess.Popen
     log: tempfile._TemporaryFileWrapper
     endpoint: dict
+    project: str
 
     @property
     def url(self):
@@ -91,7 +92,7 @@ def start_daemon(*options, env=None, cwd=None):
         cwd=cwd,
     )
     line = process.stdout.readline()
-    daemon = RunningDaemon(process, log, json.loads(line) if line else {})
+    daemon = RunningDaemon(process, log, json.loads(line) if line else {}, options[options.index("--project") + 1])
     if not line:
         process.wait(10_000 * MS)
     return daemon

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from npc_runtime.errors import EngineDied, StartupError
 from npc_runtime.handover import Handover
 from npc_runtime.logs import Log
 from npc_runtime.persona import shipped_personas
-from npc_runtime.project_lock import ProjectLock
+from npc_runtime.project_lock import ProjectLock, is_held
 
 SCRIPT = """
 import os, pathlib, torch
@@ -57,25 +58,30 @@ def broken_daemon(tmp_path):
     """`npc-runtime serve` on a device that is lost at the first step: of the first process, or of every one."""
     running = []
 
-    def start(*, always):
+    def start(*extra, always=False, stderr=None):
         script = tmp_path / "broken.py"
         script.write_text(SCRIPT.replace("MARKER", repr(str(tmp_path / "marker"))).replace("ALWAYS", str(always)))
         options = ["--port", "0", "--personas", str(shipped_personas()), "--dtype", "float32", "--project", "broken"]
+        options += extra
         log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 - discard() closes it
         process = subprocess.Popen(
             [sys.executable, "-P", str(script), "serve", *options],
             stdout=subprocess.PIPE,
-            stderr=log,
+            stderr=stderr or log,
             text=True,
             env=daemon_environment(),
         )
-        daemon = RunningDaemon(process, log, json.loads(process.stdout.readline()))
+        daemon = RunningDaemon(process, log, json.loads(process.stdout.readline()), "broken")
         running.append(daemon)
         return daemon
 
     yield start
     for daemon in running:
         discard(daemon)
+
+
+def lock_path():
+    return Path(RUNTIME_FOLDER.name, "npc-runtime", "broken.lock")
 
 
 def runtime_file():
@@ -98,7 +104,7 @@ async def speak(daemon, count=1):
 
 async def test_a_client_reconnects_with_what_it_knows(broken_daemon):
     """Same port, same token, same process id; one line on stdout; and the new process stops like any other."""
-    daemon = broken_daemon(always=False)
+    daemon = broken_daemon()
     ends, close = await speak(daemon, 12)
     assert [end["line"] for end in ends] == list(range(12))
     assert {end["reason"] for end in ends} == {"error"}
@@ -113,6 +119,33 @@ async def test_a_client_reconnects_with_what_it_knows(broken_daemon):
     assert runtime_file() is None
     said = daemon.read_log().splitlines()
     assert (said.count("started"), said.count("handed over")) == (1, 1)
+
+
+async def test_owner_lock_and_log_go_on(broken_daemon, tmp_path):
+    """In the process that takes over: the project is never free, the owner is watched, and no line is logged twice."""
+    with subprocess.Popen([sys.executable, "-P", "-c", "input()"], stdin=subprocess.PIPE) as owner:
+        log = tmp_path / "own.log"
+        options = ["--owner-pid", str(owner.pid), "--log-file", str(log)]
+        daemon = broken_daemon(*options, stderr=subprocess.PIPE)
+        daemon.process.stderr.close()
+        await speak(daemon)
+        assert is_held(lock_path())
+        while log.read_text().count(" starts pid=") < 2:
+            assert is_held(lock_path())
+            await asyncio.sleep(10 * MS)
+        ends, _ = await speak(daemon)
+        assert ends[0]["reason"] in ("stop", "length")
+        owner.kill()
+        started = time.monotonic()
+        assert await asyncio.to_thread(daemon.process.wait, 10_000 * MS) == 0
+        assert time.monotonic() - started < 5_000 * MS
+        owner.stdin.close()
+    assert runtime_file() is None
+    assert not lock_path().exists()
+    said = [line.split(" ", 2)[2] for line in log.read_text().splitlines() if line[:2] == "20"]
+    assert sum(line.startswith("INFO npc-runtime ") for line in said) == 2
+    assert sum("the owner is gone" in line for line in said) == 1
+    assert sum(" personas; ws://" in line for line in said) == 2
 
 
 async def test_a_device_that_always_fails_ends_the_daemon(broken_daemon):
@@ -132,7 +165,7 @@ async def test_a_device_that_always_fails_ends_the_daemon(broken_daemon):
 
 
 async def test_who_asks_it_to_stop_meanwhile_is_obeyed(broken_daemon):
-    daemon = broken_daemon(always=False)
+    daemon = broken_daemon()
     await speak(daemon)
     daemon.process.send_signal(signal.SIGTERM)
     status = await asyncio.to_thread(daemon.process.wait, 30_000 * MS)

@@ -21,6 +21,7 @@ logger = logging.getLogger("npc_runtime.test")
 @pytest.fixture
 def log(tmp_path):
     own = Log()
+    own._drop_stderr(own._stderr)  # which is the tests' own
     own.open_file(tmp_path / "logs" / "game.log", is_wanted=False)
     yield own
     own.close()
