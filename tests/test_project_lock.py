@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import MS
 
+from npc_runtime import project_lock
 from npc_runtime.project_lock import ProjectLock, holder_of, is_held
 
 fcntl = pytest.importorskip("fcntl", reason="written for Windows too, and not tested there")
@@ -16,6 +17,7 @@ fcntl = pytest.importorskip("fcntl", reason="written for Windows too, and not te
 HOLD = """
 import sys
 from pathlib import Path
+from npc_runtime import project_lock
 from npc_runtime.project_lock import ProjectLock
 lock = ProjectLock.take(Path(sys.argv[1]))
 print("has it" if lock else "has it not", flush=True)
@@ -99,23 +101,21 @@ def test_of_many_one_gets_it(path):
     got[0].release()
 
 
-def test_whoever_waits_while_it_is_removed_gets_the_new_one(path):
-    """Many take and release it in turn; two at once would both believe that they have it."""
-    inside = []
+def test_a_file_that_was_removed_in_the_last_moment_is_not_the_lock(path, monkeypatch):
+    """Opened, then its holder goes and another process makes a new one: two would believe that they have it."""
+    lock, others = project_lock._lock, []
 
-    def run(_):
-        lock = ProjectLock.take(path)
-        if lock is None:
-            return 0
-        inside.append(1)
-        is_alone = len(inside) == 1
-        inside.pop()
-        lock.release()
-        assert is_alone
-        return 1
+    def late(fd, *, shared):
+        if not others:
+            path.unlink()
+            others.append(None)
+            others[0] = ProjectLock.take(path)
+        return lock(fd, shared=shared)
 
-    with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(run, range(300))) > 0
+    monkeypatch.setattr(project_lock, "_lock", late)
+    assert ProjectLock.take(path) is None
+    assert others[0] is not None
+    others[0].release()
 
 
 def test_asking_keeps_nobody_from_it(path):
