@@ -173,7 +173,7 @@ async def _serve(
     if settings.host not in LOOPBACK:
         logger.warning("bound to %s: other machines can connect, with the token", settings.host)
     logger.info(
-        "%s on %s, %d personas; ws://%s:%d/v1; token and port in %s; the log in %s; Ctrl-C stops",
+        "%s on %s, %d personas; ws://%s:%d/v1; token and port in %s; log: %s; Ctrl-C stops",
         *(base.info.name, base.device.name, len(library), settings.host, port, path, log_file or "stderr"),
     )
     process.log.settle()
