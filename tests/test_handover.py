@@ -98,7 +98,7 @@ async def speak(daemon, count=1):
         if ends[0]["reason"] != "error":
             return ends, None
         with pytest.raises(ConnectionClosed) as caught:
-            await game.receive()
+            await game.until("nothing")
         return ends, caught.value.rcvd
 
 
