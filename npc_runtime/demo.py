@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -207,7 +208,7 @@ def _wait_for_endpoint(process: subprocess.Popen[str], log: Any) -> Endpoint:
     try:
         line = process.stdout.readline()
         if line:
-            return Endpoint(**json.loads(line))
+            return Endpoint.from_json(line)
         process.wait()
     finally:
         timer.cancel()
@@ -218,6 +219,7 @@ def _wait_for_endpoint(process: subprocess.Popen[str], log: Any) -> Endpoint:
 
 def default_serve_options(*, base: str, personas: Path | None, dtype: str, threads: int | None) -> list[str]:
     """The daemon's command-line options for these settings."""
-    options = ["--base", base, "--dtype", dtype, "--project", "demo"]
+    own = ["--project", f"demo-{os.getpid()}", "--owner-pid", str(os.getpid()), "--log-file", "-"]
+    options = ["--base", base, "--dtype", dtype, *own]
     options += ["--personas", str(personas)] if personas else []
     return options + (["--threads", str(threads)] if threads else [])

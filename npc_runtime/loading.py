@@ -59,7 +59,6 @@ class Settings:
     dtype: DTypeName
     threads: int | None
     needs_token: bool
-    project: str | None
     deterministic: bool = False
     quantize: Quantize = "auto"
     adapter_mib: int | None = None  # None: `EngineConfig`'s

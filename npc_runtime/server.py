@@ -46,8 +46,7 @@ __all__ = ["NpcServer"]
 
 logger = logging.getLogger(__name__)
 
-CLOSE_TIMEOUT_S = 0.8
-FLUSH_TIMEOUT_S = 0.5
+STOP_TIMEOUT_S, FLUSH_TIMEOUT_S, CLOSE_TIMEOUT_S = 0.8, 0.3, 0.6  # a stop takes less than two seconds
 REPLACE_TIMEOUT_S = 30.0
 STATS_S = 1.0
 MAX_CONNECTIONS = 16
@@ -115,8 +114,8 @@ class NpcServer:
         if self._stats is not None:
             self._stats.cancel()
         if self._engine is not None:
-            stopped = asyncio.ensure_future(asyncio.to_thread(self._engine.close, CLOSE_TIMEOUT_S))
-            await asyncio.wait([stopped], timeout=CLOSE_TIMEOUT_S)
+            stopped = asyncio.ensure_future(asyncio.to_thread(self._engine.close, STOP_TIMEOUT_S))
+            await asyncio.wait([stopped], timeout=STOP_TIMEOUT_S)
         await self._flush()
         self._server.close(code=wire.CloseCode.RESTART, reason=reason)
         await asyncio.wait([asyncio.ensure_future(self._server.wait_closed())], timeout=CLOSE_TIMEOUT_S)

@@ -36,6 +36,9 @@ LAYERS = [
     "npc_kernels.gpu_check",
     "npc_runtime",
     "npc_runtime.errors",
+    "npc_runtime.stopping",
+    "npc_runtime.owner",
+    "npc_runtime.logs",
     "npc_runtime.whole_file",
     "npc_runtime.condition",
     "npc_runtime.document",
@@ -72,6 +75,7 @@ LAYERS = [
     "npc_runtime.door",
     "npc_runtime.dialogue",
     "npc_runtime.session",
+    "npc_runtime.project_lock",
     "npc_runtime.discovery",
     "npc_runtime.engine.blocks",
     "npc_runtime.engine.pages",
@@ -109,6 +113,7 @@ LAYERS = [
     "npc_runtime.loading",
     "npc_runtime.reload",
     "npc_runtime.handover",
+    "npc_runtime.daemon_process",
     "npc_runtime.daemon",
     "npc_runtime.training_lines",
     "npc_runtime.training_state",
@@ -170,7 +175,12 @@ WITHOUT_TORCH = [
     "npc_runtime.wire_document",
     "npc_runtime.persona_folder",
     "npc_runtime.session",
+    "npc_runtime.stopping",
+    "npc_runtime.owner",
+    "npc_runtime.logs",
+    "npc_runtime.project_lock",
     "npc_runtime.discovery",
+    "npc_runtime.daemon_process",
     "npc_runtime.client",
     "npc_runtime.console",
     "npc_runtime.card_folder",
@@ -276,7 +286,7 @@ def test_public_names_are_listed_and_true(name):
     body = ast.parse(SOURCES[name].read_text(encoding="utf-8")).body
     kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     public = {node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")}
-    commands = {"serve", "demo", "bench", "train", "quantize_base", "DType", "Quantize", "Part", "evaluate"}
+    commands = {"serve", "demo", "bench", "train", "quantize_base", "DType", "Quantize", "LogLevel", "Part", "evaluate"}
     of_personas = {f"persona_{verb}" for verb in ("new", "list", "show", "check", "render")}
     unlisted = {"npc_runtime.cli": commands, "npc_runtime.persona_commands": of_personas}
     assert public - set(listed) <= unlisted.get(name, set())
