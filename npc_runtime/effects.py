@@ -10,9 +10,10 @@ __all__ = ["Close", "Effect", "Send", "SendStatus", "Stop", "Submit"]
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a message."""
+    """Send a message; of a `line.end`, `persona` is whose line it was."""
 
     message: wire.ServerMessage
+    persona: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,10 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Cancel these requests in the engine."""
+    """Cancel these requests in the engine. `dropped`: the personas of lines that get no end, as their client is gone."""
 
     request_ids: tuple[int, ...]
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,11 @@
-"""The asyncio shell: sockets, the small HTTP pages, origin and host checks, and the one bridge to the engine thread.
+"""The asyncio shell: sockets, who of them is let in, and the one bridge to the engine thread.
 
-What is decided about messages is decided in `session`; this module performs its effects.
+What is decided about messages is decided in `session`; this module performs its effects. `door` says who may come in,
+`pages` what plain HTTP is answered.
 """
 
 import asyncio
-import http
 import itertools
-import json
 import logging
 import secrets
 import socket
@@ -18,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
-from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
-from websockets.http11 import Request as HttpRequest
-from websockets.http11 import Response
 from websockets.typing import Subprotocol
 
 from npc_runtime import codec
 from npc_runtime import protocol as wire
+from npc_runtime.door import Door
 from npc_runtime.effects import Close, Effect, Send, SendStatus, Stop, Submit
 from npc_runtime.engine.core import Ended, EngineStats, Request, SamplingParams, Spoken, Started, StepOutput
 from npc_runtime.engine.engine import Engine
 from npc_runtime.errors import OverloadError, WireError
 from npc_runtime.line import Job, Renderer
+from npc_runtime.metrics import Metrics
+from npc_runtime.pages import Health, Pages
 from npc_runtime.persona import Library
 from npc_runtime.session import DaemonInfo, Session
 
@@ -48,18 +47,20 @@ MAX_OUTBOX = 2_048  # messages; more than all ends of a full connection
 CONGESTED_OUTBOX = 16  # from here on deltas wait and merge
 SEED_BITS = 53
 
-LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
-
 
 class NpcServer:
     """All connections of one engine. `start` binds nothing: the caller hands in a bound socket."""
 
-    def __init__(self, *, info: DaemonInfo, library: Library, render: Renderer, host: str, port: int) -> None:
+    def __init__(self, *, info: DaemonInfo, library: Library, render: Renderer, door: Door) -> None:
         self._info = info
         self._library = library
         self._render = render
-        self._host = host
-        self._port = port
+        self.door = door
+        build = {"version": info.version, "device": info.device, "backend": info.backend, "base": info.base.name}
+        self.metrics = Metrics(lambda: self._health().figures, build=build)
+        self._pages = Pages(
+            door, self.metrics, version=info.version, needs_token=info.token is not None, health=self._health
+        )
         self.is_over = asyncio.Event()  # nothing more will be generated
         self._engine: Engine | None = None
         self._server: Server | None = None
@@ -77,8 +78,11 @@ class NpcServer:
         self._server = await serve(
             self._handle,
             sock=sock,
-            process_request=self._process_request,
+            process_request=lambda _, request: self._pages.answer(request),
+            process_response=lambda _, __, response: self._pages.protect(response),
             select_subprotocol=_select_subprotocol,
+            create_connection=_visitors_of(self.door),
+            open_timeout=HELLO_TIMEOUT_S,
             compression=None,
             close_timeout=CLOSE_TIMEOUT_S,
             ping_interval=None,  # an editor at a breakpoint answers no ping; a dead peer on loopback is reported
@@ -201,6 +205,7 @@ class NpcServer:
     async def _handle(self, socket_: ServerConnection) -> None:
         refusal = self._refusal(socket_)
         if refusal is not None:
+            self.metrics.connection_refused(refusal[0])
             await socket_.close(*refusal)
             return
         session = Session(
@@ -222,39 +227,24 @@ class NpcServer:
     def _refusal(self, socket_: ServerConnection) -> tuple[int, str] | None:
         """Why this connection is closed at once. After accepting, since browsers and Mono see no other reason."""
         assert socket_.request is not None
-        origins = set(socket_.request.headers.get_all("Origin"))
-        if not origins <= {f"http://{name}" for name in self._names()}:
+        headers = socket_.request.headers
+        origins = headers.get_all("Origin")
+        if not self.door.knows_origin(origins, headers["Host"]):
             logger.warning("refused a connection from the web page %s", str(origins)[:200])
             return wire.CloseCode.ORIGIN, "this origin may not connect"
         if socket_.subprotocol not in wire.SUBPROTOCOLS:
             return wire.CloseCode.PROTOCOL, f"offer a subprotocol: {' or '.join(wire.SUBPROTOCOLS)}"
-        if len(self._connections) >= MAX_CONNECTIONS:
-            return wire.CloseCode.TOO_MANY, f"{MAX_CONNECTIONS} connections are open already"
         return None
 
-    def _process_request(self, _: ServerConnection, request: HttpRequest) -> Response | None:
-        """Answer plain HTTP; None lets a WebSocket handshake go on. A Host of others is DNS rebinding: refused."""
-        hosts = set(request.headers.get_all("Host"))
-        if self._host not in ("0.0.0.0", "::") and not (hosts and hosts <= self._names()):
-            return _respond(http.HTTPStatus.MISDIRECTED_REQUEST, "text/plain", "This is not the host you asked for.\n")
-        if "websocket" in " ".join(request.headers.get_all("Upgrade")).lower():
-            is_ours = request.path.partition("?")[0] == "/v1"
-            return None if is_ours else _respond(http.HTTPStatus.NOT_FOUND, "text/plain", "Connect to /v1.\n")
-        if request.path == "/healthz":
-            return self._health()
-        if request.path == "/":
-            text = f"npc-runtime {self._info.version} is running. A game connects to ws://HOST/v1; see PROTOCOL.md.\n"
-            return _respond(http.HTTPStatus.OK, "text/plain", text)
-        return _respond(http.HTTPStatus.NOT_FOUND, "text/plain", "There is no such page.\n")
+    def let_in(self, connection: "_Connection", socket_: ServerConnection) -> bool:
+        """Whether there is room for a client that has just said a valid hello; until then it took no one's place."""
+        self.door.leave(socket_.transport)
+        return sum(other.is_open for other in self._connections) <= MAX_CONNECTIONS
 
-    def _health(self) -> Response:
-        is_well = self._engine is not None and not self._engine.has_died
-        body = json.dumps({"status": "ok" if is_well else "the engine thread died", **self.status()})
-        status = http.HTTPStatus.OK if is_well else http.HTTPStatus.SERVICE_UNAVAILABLE
-        return _respond(status, "application/json", body)
-
-    def _names(self) -> set[str]:
-        return {f"{name}:{self._port}" for name in (*LOOPBACK_NAMES, self._host)}
+    def _health(self) -> Health:
+        if self._engine is None:
+            return Health("loading", {})
+        return Health("the engine thread died" if self._engine.has_died else "ok", self.status())
 
 
 class _Connection:
@@ -266,6 +256,12 @@ class _Connection:
         self._server = server
         self._outbox: asyncio.Queue[wire.ServerMessage | Close] = asyncio.Queue(MAX_OUTBOX)
         self._timer: asyncio.TimerHandle | None = None
+        self._was_open = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its client said a valid hello and is still there."""
+        return self._session.is_open
 
     async def run(self) -> None:
         """Serve until either side closes; then cancel what runs."""
@@ -283,6 +279,8 @@ class _Connection:
                 if isinstance(outcome, Exception) and not isinstance(outcome, ConnectionClosed):
                     logger.error("%s failed", self._session.name, exc_info=outcome)
             logger.info("%s closed (%s)", self._session.name, self._socket.close_code)
+            tell = self._server.metrics.connection_closed if self._was_open else self._server.metrics.connection_refused
+            tell(self._socket.close_code)
 
     def on_step(self, events: Iterable[Started | Spoken | Ended], forwards: Iterable[wire.Id]) -> None:
         """Hand a step's events to the session and perform what it answers."""
@@ -327,16 +325,23 @@ class _Connection:
             self._take(frame)
 
     def _take(self, frame: bytes | str) -> None:
-        was_open = self._session.is_open
-        self._perform(self._session.receive(frame, time.monotonic()))
-        if self._session.is_open and not was_open:
+        effects = self._session.receive(frame, time.monotonic())
+        if self._session.is_open and not self._was_open:
+            self._was_open = True
+            self._server.metrics.connection_opened(self._session.subprotocol)
             logger.info("%s opened (%s)", self._session.name, self._session.subprotocol)
+            if not self._server.let_in(self, self._socket):
+                reason = f"{MAX_CONNECTIONS} connections are open already"
+                effects = [*self._session.disconnect(), Close(wire.CloseCode.TOO_MANY, reason)]
+        self._perform(effects)
 
     async def _write(self) -> None:
         try:
             while True:
                 message = await self._outbox.get()
                 if isinstance(message, Close):
+                    if message.code == wire.CloseCode.AUTH:
+                        await asyncio.sleep(self._server.door.delay_wrong_token(time.monotonic()))
                     await self._socket.close(message.code, message.reason)
                     return
                 async with asyncio.timeout(SEND_TIMEOUT_S):
@@ -353,7 +358,8 @@ class _Connection:
     def _perform(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
             match effect:
-                case Send(message):
+                case Send(message, persona):
+                    self._server.metrics.sent(message, persona)
                     self._enqueue(message)
                 case Close():
                     self._enqueue(effect)
@@ -361,7 +367,8 @@ class _Connection:
                     self._perform(self._session.reply(re, self._server.status()))
                 case Submit(jobs):
                     self._server.submit(self, jobs)
-                case Stop(request_ids):
+                case Stop(request_ids, dropped):
+                    self._server.metrics.lines_dropped(dropped)
                     self._server.cancel(request_ids)
         self._session.is_congested = self._outbox.qsize() > CONGESTED_OUTBOX
 
@@ -391,18 +398,19 @@ def _select_subprotocol(_: ServerConnection, offered: Iterable[Subprotocol]) -> 
     return next(iter(ours or offers), None)
 
 
-def _respond(status: http.HTTPStatus, kind: str, text: str) -> Response:
-    body = text.encode()
-    headers = Headers(
-        {
-            "Content-Type": f"{kind}; charset=utf-8",
-            "Content-Length": str(len(body)),
-            "X-Content-Type-Options": "nosniff",
-            "Cache-Control": "no-store",
-            "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-        }
-    )
-    return Response(status.value, status.phrase, headers, body)
+def _visitors_of(door: Door) -> type[ServerConnection]:
+    """Connections that the door knows of from the moment the system accepts them, before a byte is read."""
+
+    class Visitor(ServerConnection):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            door.enter(self.transport)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            door.leave(self.transport)
+            super().connection_lost(exc)
+
+    return Visitor
 
 
 def _to_request(job: Job, group: Hashable) -> Request:

@@ -147,7 +147,7 @@ class Session:
         is_ok = event.reason in ("stop", "length")
         batch.num_ok += is_ok
         batch.num_failed += not is_ok
-        effects.append(Send(line_end(line, event)))
+        effects.append(Send(line_end(line, event), line.persona.id))
         if not batch.live:
             del self._batches[line.batch]
             effects.append(Send(_batch_end(line.batch, batch, now)))
@@ -187,11 +187,12 @@ class Session:
         """The connection is gone: cancel whatever runs; nothing more is sent."""
         self._state = "closed"
         running = (*self._by_request, *self._warming)
+        dropped = tuple(line.persona.id for line in self._lines.values())
         self._warming.clear()
         self._lines.clear()
         self._by_request.clear()
         self._batches.clear()
-        return [Stop(running)] if running else []
+        return [Stop(running, dropped)] if running else []
 
     def reply(self, re: wire.Id | None, body: dict[str, Any]) -> list[Effect]:
         """Answer a question, in parts if it is larger than the client's frames may be."""
