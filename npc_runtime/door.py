@@ -1,4 +1,4 @@
-"""Who may come in: by what name the daemon was called, whose web page asks, how many may wait without a word of who they
+"""Who may come in: by what name the daemon was called, whose web page asks, how many may wait before they say who they
 are, and what a wrong token costs.
 
 It decides and does no I/O; `server` asks it. What a client says once it is in, is for `session`.

@@ -32,7 +32,7 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Cancel these requests in the engine. `dropped`: the personas of lines that get no end, as their client is gone."""
+    """Cancel these requests in the engine. `dropped`: the personas of those that get no end; their client is gone."""
 
     request_ids: tuple[int, ...]
     dropped: tuple[str, ...] = ()

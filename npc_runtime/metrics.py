@@ -1,7 +1,7 @@
 """What Prometheus is told: counts and durations that the server reports, and the figures of `status` when it asks.
 
-Labels have few values: reasons, codes and subprotocols of the protocol, and ids of personas that were loaded. Nothing that
-a client wrote becomes one, and nothing is counted for every token.
+Labels have few values: reasons, codes and subprotocols of the protocol, and ids of personas that were loaded. Nothing
+that a client wrote becomes one, and nothing is counted for every token.
 """
 
 import http
@@ -63,7 +63,7 @@ class Metrics:
 
     def __init__(self, status: Callable[[], Mapping[str, Any]], *, build: Mapping[str, str]) -> None:
         """Take what reads the status map (empty while there is none), and what names this daemon."""
-        disable_created_metrics()  # a second series for every counter, which nobody asks for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every counter
         self._registry = CollectorRegistry()
         self._personas: set[str] = set()
         self._make_counters()

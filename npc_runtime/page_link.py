@@ -21,7 +21,7 @@ OPENER = """<!doctype html>
 
 
 def find_link(project: str, called: str) -> str:
-    """The link of a project's daemon. Raises `StartupError` if none is running, naming the project as it is `called`."""
+    """The link of a project's daemon. Raises `StartupError` if none is running; people know it as `called`."""
     endpoint = read_endpoint(project)
     if endpoint is None:
         raise StartupError(f"No daemon is running for {called}.", "Start one: npc-runtime serve.")

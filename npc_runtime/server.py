@@ -199,7 +199,7 @@ class NpcServer:
             "preempted": stats.num_preempted,
             "adapters": list(stats.adapters_resident),
             "personas": len(self._library),
-            "connections": len(self._connections),
+            "connections": self._num_open,
         }
 
     async def _handle(self, socket_: ServerConnection) -> None:
@@ -236,10 +236,14 @@ class NpcServer:
             return wire.CloseCode.PROTOCOL, f"offer a subprotocol: {' or '.join(wire.SUBPROTOCOLS)}"
         return None
 
-    def let_in(self, connection: "_Connection", socket_: ServerConnection) -> bool:
+    def let_in(self, socket_: ServerConnection) -> bool:
         """Whether there is room for a client that has just said a valid hello; until then it took no one's place."""
         self.door.leave(socket_.transport)
-        return sum(other.is_open for other in self._connections) <= MAX_CONNECTIONS
+        return self._num_open <= MAX_CONNECTIONS
+
+    @property
+    def _num_open(self) -> int:
+        return sum(connection.is_open for connection in self._connections)
 
     def _health(self) -> Health:
         if self._engine is None:
@@ -330,7 +334,7 @@ class _Connection:
             self._was_open = True
             self._server.metrics.connection_opened(self._session.subprotocol)
             logger.info("%s opened (%s)", self._session.name, self._session.subprotocol)
-            if not self._server.let_in(self, self._socket):
+            if not self._server.let_in(self._socket):
                 reason = f"{MAX_CONNECTIONS} connections are open already"
                 effects = [*self._session.disconnect(), Close(wire.CloseCode.TOO_MANY, reason)]
         self._perform(effects)

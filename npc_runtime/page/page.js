@@ -82,11 +82,14 @@ const personas = new Map();
 let resident = new Set();
 
 function showPersonas() {
-  const rank = (persona) => (persona.error ? 0 : persona.stale ? 1 : 2);
-  const sorted = [...personas.values()].sort((a, b) => rank(a) - rank(b) || (a.id < b.id ? -1 : 1));
-  const numMute = sorted.filter((persona) => persona.error).length;
-  at("personas-title").textContent = `Personas: ${sorted.length - numMute}` + (numMute ? `, and ${numMute} that cannot speak` : "");
-  at("personas").replaceChildren(...sorted.map(personaCard));
+  const sorted = [...personas.values()].sort((a, b) => (a.id < b.id ? -1 : 1));
+  const mute = sorted.filter((persona) => persona.error);
+  const stale = sorted.filter((persona) => persona.stale && !persona.error);
+  const sound = sorted.filter((persona) => !persona.error && !persona.stale);
+  const num = sorted.length - mute.length;
+  at("personas-title").textContent = `Personas: ${num}` + (mute.length ? `, and ${mute.length} that cannot speak` : "");
+  at("problems").replaceChildren(...[...mute, ...stale].map(personaCard));
+  at("personas").replaceChildren(...sound.map(personaCard));
 }
 
 function personaCard(persona) {
@@ -96,7 +99,7 @@ function personaCard(persona) {
   card.classList.toggle("cannot", Boolean(persona.error));
   card.classList.toggle("stale", Boolean(persona.stale && !persona.error));
   put("h3", persona.display_name);
-  put(".id", persona.id === persona.display_name ? "" : persona.id);
+  put(".id", persona.id === persona.display_name.toLowerCase() ? "" : persona.id);
   put(".voice", voiceOf(persona));
   put(".why", problem?.message);
   put(".hint", problem?.hint);
@@ -106,13 +109,14 @@ function personaCard(persona) {
 function voiceOf(persona) {
   if (persona.error) return "Cannot speak";
   if (persona.stale) return "Its newest files are not in use";
-  if (!persona.adapter) return "by its prompt";
-  return resident.has(persona.adapter) ? "with its adapter, on the device" : "with its adapter";
+  if (!persona.adapter) return "Prompt only";
+  return resident.has(persona.adapter) ? "Adapter loaded" : "Adapter not loaded yet";
 }
 
 function showFigures(status) {
   at("tokens_per_s").textContent = number(status.tokens_per_s);
-  at("totals").textContent = `${number(status.tokens)} tokens in ${number(status.forwards)} forward passes`;
+  const limit = status.max_tokens_per_s ? `; a client allows ${number(status.max_tokens_per_s)} a second` : "";
+  at("totals").textContent = `${number(status.tokens)} tokens in ${number(status.forwards)} forward passes${limit}`;
   for (const name of ["active", "queued", "connections"]) at(name).textContent = number(status[name]);
   at("adapters").textContent = number(status.adapters.length);
   at("kv").textContent = percent(status.kv_used);
@@ -157,7 +161,7 @@ function drawChart() {
 
 function niceCeiling(value) {
   const unit = 10 ** Math.floor(Math.log10(value));
-  return unit * [1, 2, 5, 10].find((step) => step * unit >= value);
+  return unit * [1, 1.5, 2, 3, 4, 5, 6, 8, 10].find((step) => step * unit >= value);
 }
 
 at("chart").addEventListener("pointermove", (event) => {
