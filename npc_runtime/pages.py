@@ -77,7 +77,9 @@ class Pages:
         return self._get(path, hosts[0])
 
     def protect(self, response: Response) -> None:
-        """Give the headers of ours to an answer of the library's, a refused handshake's."""
+        """Give the headers of ours to an answer of the library's, a refused handshake's; an accepted one has no use."""
+        if response.status_code == http.HTTPStatus.SWITCHING_PROTOCOLS:
+            return
         for name, value in {**PROTECTION, "Content-Security-Policy": POLICY.format(socket="'none'")}.items():
             if name not in response.headers:
                 response.headers[name] = value

@@ -18,6 +18,8 @@ from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request as HttpRequest
+from websockets.http11 import Response
 from websockets.typing import Subprotocol
 
 from npc_runtime import codec
@@ -78,7 +80,7 @@ class NpcServer:
         self._server = await serve(
             self._handle,
             sock=sock,
-            process_request=lambda _, request: self._pages.answer(request),
+            process_request=self._answer,
             process_response=lambda _, __, response: self._pages.protect(response),
             select_subprotocol=_select_subprotocol,
             create_connection=_visitors_of(self.door),
@@ -235,6 +237,12 @@ class NpcServer:
         if socket_.subprotocol not in wire.SUBPROTOCOLS:
             return wire.CloseCode.PROTOCOL, f"offer a subprotocol: {' or '.join(wire.SUBPROTOCOLS)}"
         return None
+
+    async def _answer(self, socket_: ServerConnection, request: HttpRequest) -> Response | None:
+        if socket_.protocol.eof_sent:  # a second request in the same bytes: the library has given this socket up
+            socket_.transport.abort()
+            await socket_.wait_closed()
+        return self._pages.answer(request)
 
     def let_in(self, socket_: ServerConnection) -> bool:
         """Whether there is room for a client that has just said a valid hello; until then it took no one's place."""
