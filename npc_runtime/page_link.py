@@ -34,12 +34,12 @@ def open_link(link: str, project: str) -> None:
 
     By way of a file that only the user can read: every user of the machine can see a browser's arguments.
     """
-    opener = write_opener(link, project)
+    opener = _write_opener(link, project)
     if not webbrowser.open(opener.as_uri()):
         raise StartupError("No browser was found.", "npc-runtime page prints the link; open it yourself.")
 
 
-def write_opener(link: str, project: str) -> Path:
+def _write_opener(link: str, project: str) -> Path:
     """Write the file beside the runtime file, mode 0600; the next one replaces it."""
     path = runtime_file(project).with_suffix(".html")
     path.unlink(missing_ok=True)
