@@ -16,7 +16,7 @@ import torch
 
 from npc_runtime import __version__
 from npc_runtime.discovery import Endpoint, project_of, remove_endpoint, write_endpoint
-from npc_runtime.door import Door
+from npc_runtime.gate import Gate
 from npc_runtime.engine.adapters import AdapterStore
 from npc_runtime.engine.core import EngineConfig
 from npc_runtime.engine.device import choose_threads
@@ -86,7 +86,7 @@ def _load_and_serve(
     handover = taken or Handover(_bind(settings.host, settings.port), _new_token(settings))
     limit_gpu(settings)
     with handover.sock:
-        door = _make_door(settings, handover.sock.getsockname()[1])
+        gate = _make_door(settings, handover.sock.getsockname()[1])
         with progress() as on_progress:
             base = load_base(
                 settings.base,
@@ -99,13 +99,13 @@ def _load_and_serve(
         adapters = make_store(base.decoder.shape, base.device, config, base.info.folder)
         load_adapters(adapters, library, base.info.name)
         config = fit_gpu(settings, base, adapters, config)
-        server = _make_server(handover, base, library, config, door)
+        server = _make_server(handover, base, library, config, gate)
         # Not on the loop: what takes long must end at once when Ctrl-C asks for it.
         engine = _make_engine(base, adapters, config, server, progress)
         return asyncio.run(_serve(settings, handover, base, library, server, engine, loaded_at))
 
 
-def _make_server(handover: Handover, base: LoadedBase, library: Library, config: EngineConfig, door: Door) -> NpcServer:
+def _make_server(handover: Handover, base: LoadedBase, library: Library, config: EngineConfig, gate: Gate) -> NpcServer:
     context = min(base.decoder.shape.context, config.kv_tokens)
     return NpcServer(
         info=DaemonInfo(
@@ -117,12 +117,12 @@ def _make_server(handover: Handover, base: LoadedBase, library: Library, config:
         ),
         library=library,
         render=lambda messages: base.tokenizer.render(messages).token_ids,
-        door=door,
+        gate=gate,
     )
 
 
-def _make_door(settings: Settings, port: int) -> Door:
-    return Door(settings.host, port, allowed_hosts=settings.allowed_hosts, allowed_origins=settings.allowed_origins)
+def _make_door(settings: Settings, port: int) -> Gate:
+    return Gate(settings.host, port, allowed_hosts=settings.allowed_hosts, allowed_origins=settings.allowed_origins)
 
 
 def _make_engine(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
-from npc_runtime.door import Door
+from npc_runtime.gate import Gate
 from npc_runtime.metrics import METRICS_TYPE, Metrics
 
 __all__ = ["Health", "Pages"]
@@ -55,9 +55,9 @@ class Pages:
     """The answers of one daemon."""
 
     def __init__(
-        self, door: Door, metrics: Metrics, *, version: str, needs_token: bool, health: Callable[[], Health]
+        self, gate: Gate, metrics: Metrics, *, version: str, needs_token: bool, health: Callable[[], Health]
     ) -> None:
-        self._door = door
+        self._door = gate
         self._metrics = metrics
         self._known = {"version": version, "needs_token": needs_token}
         self._health = health

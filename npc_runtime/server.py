@@ -1,6 +1,6 @@
 """The asyncio shell: sockets, who of them is let in, and the one bridge to the engine thread.
 
-What is decided about messages is decided in `session`; this module performs its effects. `door` says who may come in,
+What is decided about messages is decided in `session`; this module performs its effects. `gate` says who may come in,
 `pages` what plain HTTP is answered.
 """
 
@@ -24,7 +24,7 @@ from websockets.typing import Subprotocol
 
 from npc_runtime import codec
 from npc_runtime import protocol as wire
-from npc_runtime.door import Door
+from npc_runtime.gate import Gate
 from npc_runtime.effects import Close, Effect, Send, SendStatus, Stop, Submit
 from npc_runtime.engine.core import Ended, EngineStats, Request, SamplingParams, Spoken, Started, StepOutput
 from npc_runtime.engine.engine import Engine
@@ -53,15 +53,15 @@ SEED_BITS = 53
 class NpcServer:
     """All connections of one engine. `start` binds nothing: the caller hands in a bound socket."""
 
-    def __init__(self, *, info: DaemonInfo, library: Library, render: Renderer, door: Door) -> None:
+    def __init__(self, *, info: DaemonInfo, library: Library, render: Renderer, gate: Gate) -> None:
         self._info = info
         self._library = library
         self._render = render
-        self.door = door
+        self.gate = gate
         build = {"version": info.version, "device": info.device, "backend": info.backend, "base": info.base.name}
         self.metrics = Metrics(lambda: self._health().figures, build=build)
         self._pages = Pages(
-            door, self.metrics, version=info.version, needs_token=info.token is not None, health=self._health
+            gate, self.metrics, version=info.version, needs_token=info.token is not None, health=self._health
         )
         self.is_over = asyncio.Event()  # nothing more will be generated
         self._engine: Engine | None = None
@@ -83,7 +83,7 @@ class NpcServer:
             process_request=self._answer,
             process_response=lambda _, __, response: self._pages.protect(response),
             select_subprotocol=_select_subprotocol,
-            create_connection=_visitors_of(self.door),
+            create_connection=_visitors_of(self.gate),
             open_timeout=HELLO_TIMEOUT_S,
             compression=None,
             close_timeout=CLOSE_TIMEOUT_S,
@@ -231,7 +231,7 @@ class NpcServer:
         assert socket_.request is not None
         headers = socket_.request.headers
         origins = headers.get_all("Origin")
-        if not self.door.knows_origin(origins, headers["Host"]):
+        if not self.gate.knows_origin(origins, headers["Host"]):
             logger.warning("refused a connection from the web page %s", str(origins)[:200])
             return wire.CloseCode.ORIGIN, "this origin may not connect"
         if socket_.subprotocol not in wire.SUBPROTOCOLS:
@@ -246,7 +246,7 @@ class NpcServer:
 
     def let_in(self, socket_: ServerConnection) -> bool:
         """Whether there is room for a client that has just said a valid hello; until then it took no one's place."""
-        self.door.leave(socket_.transport)
+        self.gate.leave(socket_.transport)
         return self._num_open <= MAX_CONNECTIONS
 
     @property
@@ -353,7 +353,7 @@ class _Connection:
                 message = await self._outbox.get()
                 if isinstance(message, Close):
                     if message.code == wire.CloseCode.AUTH:
-                        await asyncio.sleep(self._server.door.delay_wrong_token(time.monotonic()))
+                        await asyncio.sleep(self._server.gate.delay_wrong_token(time.monotonic()))
                     await self._socket.close(message.code, message.reason)
                     return
                 async with asyncio.timeout(SEND_TIMEOUT_S):
@@ -410,16 +410,16 @@ def _select_subprotocol(_: ServerConnection, offered: Iterable[Subprotocol]) -> 
     return next(iter(ours or offers), None)
 
 
-def _visitors_of(door: Door) -> type[ServerConnection]:
-    """Connections that the door knows of from the moment the system accepts them, before a byte is read."""
+def _visitors_of(gate: Gate) -> type[ServerConnection]:
+    """Connections that the gate knows of from the moment the system accepts them, before a byte is read."""
 
     class Visitor(ServerConnection):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
-            door.enter(self.transport)
+            gate.enter(self.transport)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            door.leave(self.transport)
+            gate.leave(self.transport)
             super().connection_lost(exc)
 
     return Visitor

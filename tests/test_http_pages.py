@@ -8,7 +8,7 @@ import pytest
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
-from npc_runtime.door import Door
+from npc_runtime.gate import Gate
 from npc_runtime.metrics import Metrics
 from npc_runtime.pages import FILES, FOLDER, Health, Pages
 
@@ -21,8 +21,8 @@ class Daemon:
     def __init__(self):
         self.health = Health("ok", {"active": 3, "queued": 1, "adapters": ["odo"], "secret": "x"})
         metrics = Metrics(lambda: self.health.figures, build={})
-        door = Door("127.0.0.1", 4780)
-        self.pages = Pages(door, metrics, version="1.2.3", needs_token=True, health=lambda: self.health)
+        gate = Gate("127.0.0.1", 4780)
+        self.pages = Pages(gate, metrics, version="1.2.3", needs_token=True, health=lambda: self.health)
 
     def get(self, path, method="GET", **headers):
         return self.pages.answer(Request(path, Headers({"Host": HOST, **headers}), method))

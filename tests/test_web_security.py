@@ -1,6 +1,6 @@
 """A real browser, hostile pages, and nonsense on a raw socket, against a real daemon.
 
-The hostile pages know the token: what refuses them is the daemon's door alone.
+The hostile pages know the token: what refuses them is the daemon's gate alone.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from conftest import MS, discard, start_daemon
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from npc_runtime.door import DELAY_S, FREE_TRIES, MAX_STRANGERS
+from npc_runtime.gate import DELAY_S, FREE_TRIES, MAX_STRANGERS
 from npc_runtime.server import MAX_CONNECTIONS
 
 WAIT_MS = 20_000_000 * MS
@@ -53,7 +53,7 @@ async ({address, token}) => {
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
-    """A daemon of this module's own: its log is read, its door is besieged."""
+    """A daemon of this module's own: its log is read, its gate is besieged."""
     folder = tmp_path_factory.mktemp("guarded") / "personas"
     document = {"schema": 1, "display_name": "Guard", "bio": "A guard."}
     for persona_id, fields in {
@@ -301,7 +301,7 @@ def test_dns_rebinding_finds_a_closed_door(browser, guarded, address):
     assert found["socket"] == 1006
 
 
-# --- who waits at the door
+# --- who waits at the gate
 
 
 @contextlib.contextmanager

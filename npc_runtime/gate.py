@@ -12,7 +12,7 @@ from typing import Protocol
 
 from npc_runtime.errors import StartupError
 
-__all__ = ["Abortable", "Door"]
+__all__ = ["Abortable", "Gate"]
 
 MAX_STRANGERS = 64
 """Sockets that nobody vouches for yet: a handshake under way, a page being fetched, no valid `hello` so far."""
@@ -34,8 +34,8 @@ class Abortable(Protocol):
         """Drop it."""
 
 
-class Door:
-    """The rules of one daemon, and who stands at its door. Raises `StartupError` for a host or origin that is none."""
+class Gate:
+    """The rules of one daemon, and who stands at its gate. Raises `StartupError` for a host or origin that is none."""
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from npc_runtime.door import DELAY_S, FREE_TRIES, MAX_STRANGERS, TRIES_WITHIN_S, Door
+from npc_runtime.gate import DELAY_S, FREE_TRIES, MAX_STRANGERS, TRIES_WITHIN_S, Gate
 from npc_runtime.errors import StartupError
 
 
@@ -44,18 +44,18 @@ from npc_runtime.errors import StartupError
     ],
 )
 def test_hosts(bound, allowed, host, is_known):
-    assert Door(bound, 4780, allowed_hosts=allowed).knows_host([host]) is is_known
+    assert Gate(bound, 4780, allowed_hosts=allowed).knows_host([host]) is is_known
 
 
 def test_the_port_of_http_is_left_out():
-    assert Door("127.0.0.1", 80).knows_host(["localhost"])
-    assert Door("127.0.0.1", 80).knows_origin(["http://127.0.0.1"], "localhost")
+    assert Gate("127.0.0.1", 80).knows_host(["localhost"])
+    assert Gate("127.0.0.1", 80).knows_origin(["http://127.0.0.1"], "localhost")
 
 
 def test_one_host_header_and_no_other_number():
-    door = Door("127.0.0.1", 4780)
-    assert not door.knows_host([])
-    assert not door.knows_host(["localhost:4780", "localhost:4780"])
+    gate = Gate("127.0.0.1", 4780)
+    assert not gate.knows_host([])
+    assert not gate.knows_host(["localhost:4780", "localhost:4780"])
 
 
 @pytest.mark.parametrize(
@@ -88,26 +88,26 @@ def test_one_host_header_and_no_other_number():
 )
 def test_origins(origins, host, is_known):
     """Of a daemon that listens everywhere; what page may speak depends on where it says it connects to."""
-    door = Door(
+    gate = Gate(
         "0.0.0.0",
         4780,
         allowed_hosts=["npc.studio.test"],
         allowed_origins=["http://localhost:5173", "https://Play.studio.test"],
     )
-    assert door.knows_host([host])
-    assert door.knows_origin(origins, host) is is_known
+    assert gate.knows_host([host])
+    assert gate.knows_origin(origins, host) is is_known
 
 
 @pytest.mark.parametrize("name", ["*", "http://x", "a b", "x/y", "", "x:4780"])
 def test_an_allowed_host_is_a_name(name):
     with pytest.raises(StartupError, match="--allow-host"):
-        Door("127.0.0.1", 1, allowed_hosts=[name])
+        Gate("127.0.0.1", 1, allowed_hosts=[name])
 
 
 @pytest.mark.parametrize("origin", ["*", "null", "localhost:8080", "http://x/", "http://x/y", "http://*.x", ""])
 def test_an_allowed_origin_is_one(origin):
     with pytest.raises(StartupError, match="--allow-origin"):
-        Door("127.0.0.1", 1, allowed_origins=[origin])
+        Gate("127.0.0.1", 1, allowed_origins=[origin])
 
 
 class Socket:
@@ -119,18 +119,18 @@ class Socket:
 
 
 def test_of_too_many_strangers_the_oldest_goes():
-    door, sockets = Door("127.0.0.1", 1), [Socket() for _ in range(MAX_STRANGERS + 3)]
+    gate, sockets = Gate("127.0.0.1", 1), [Socket() for _ in range(MAX_STRANGERS + 3)]
     for number, socket_ in enumerate(sockets):
-        door.enter(socket_)
+        gate.enter(socket_)
         if number == 1:
-            door.leave(socket_)  # it said who it is
+            gate.leave(socket_)  # it said who it is
     assert [number for number, socket_ in enumerate(sockets) if socket_.is_gone] == [0, 2]
-    door.leave(sockets[0])  # as every socket that is closed
-    assert len(door._strangers) == MAX_STRANGERS
+    gate.leave(sockets[0])  # as every socket that is closed
+    assert len(gate._strangers) == MAX_STRANGERS
 
 
 def test_wrong_tokens_wait_only_while_there_are_many():
-    door = Door("127.0.0.1", 1)
-    assert [door.delay_wrong_token(float(now)) for now in range(FREE_TRIES)] == [0.0] * FREE_TRIES
-    assert door.delay_wrong_token(FREE_TRIES) == DELAY_S
-    assert door.delay_wrong_token(TRIES_WITHIN_S + FREE_TRIES + 1) == 0.0
+    gate = Gate("127.0.0.1", 1)
+    assert [gate.delay_wrong_token(float(now)) for now in range(FREE_TRIES)] == [0.0] * FREE_TRIES
+    assert gate.delay_wrong_token(FREE_TRIES) == DELAY_S
+    assert gate.delay_wrong_token(TRIES_WITHIN_S + FREE_TRIES + 1) == 0.0
