@@ -12,7 +12,10 @@ from typing import Protocol
 
 from npc_runtime.errors import StartupError
 
-__all__ = ["Abortable", "Gate"]
+__all__ = ["HELLO_TIMEOUT_S", "Abortable", "Gate"]
+
+HELLO_TIMEOUT_S = 5.0
+"""For the handshake, and again for the first message."""
 
 MAX_STRANGERS = 64
 """Sockets that nobody vouches for yet: a handshake under way, a page being fetched, no valid `hello` so far."""

@@ -61,20 +61,24 @@ COUNTERS = {
 class Metrics:
     """One daemon's metrics, in a registry of its own. All methods are for the event loop's thread."""
 
-    def __init__(self, status: Callable[[], Mapping[str, Any]], *, build: Mapping[str, str]) -> None:
-        """Take what reads the status map (empty while there is none), and what names this daemon."""
+    def __init__(self, status: Callable[[], Mapping[str, Any]]) -> None:
+        """Take what reads the status map, which is empty while there is no engine."""
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for every counter
         self._registry = CollectorRegistry()
         self._personas: set[str] = set()
         self._make_counters()
         self._make_histograms()
-        Info("npc_runtime_build", "What runs.", registry=self._registry).info(dict(build))
+        self._build = Info("npc_runtime_build", "What runs.", registry=self._registry)
         ProcessCollector(registry=self._registry)
         self._registry.register(_StatusCollector(status))
 
     def text(self) -> bytes:
         """Everything, in the text format `METRICS_TYPE`."""
         return exposition.generate_latest(self._registry)
+
+    def describe(self, *, version: str, device: str, backend: str, base: str) -> None:
+        """Name this daemon."""
+        self._build.info({"version": version, "device": device, "backend": backend, "base": base})
 
     def connection_opened(self, subprotocol: str) -> None:
         """A client's `hello` was accepted."""
@@ -119,7 +123,7 @@ class Metrics:
         if end.timing.ttft_ms is not None:
             self._first_text_s.observe(end.timing.ttft_ms * MS)
 
-    def lines_dropped(self, personas: Iterable[str]) -> None:
+    def lines_dropped(self, personas: Iterable[str | None]) -> None:
         """These personas' lines were running when their client went; nobody is told of their end."""
         for persona in personas:
             self._lines.labels("disconnected", self._label(persona)).inc()

@@ -57,7 +57,7 @@ class Pages:
     def __init__(
         self, gate: Gate, metrics: Metrics, *, version: str, needs_token: bool, health: Callable[[], Health]
     ) -> None:
-        self._door = gate
+        self._gate = gate
         self._metrics = metrics
         self._known = {"version": version, "needs_token": needs_token}
         self._health = health
@@ -66,7 +66,7 @@ class Pages:
     def answer(self, request: Request) -> Response | None:
         """Answer a request; None lets a WebSocket handshake go on."""
         hosts = request.headers.get_all("Host")
-        if not self._door.knows_host(hosts):
+        if not self._gate.knows_host(hosts):
             why = "This daemon does not go by that name; serve --allow-host NAME gives it one.\n"
             return self._respond(http.HTTPStatus.MISDIRECTED_REQUEST, TEXT, why)
         path = request.path.partition("?")[0]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from npc_runtime.gate import DELAY_S, FREE_TRIES, MAX_STRANGERS, TRIES_WITHIN_S, Gate
 from npc_runtime.errors import StartupError
+from npc_runtime.gate import DELAY_S, FREE_TRIES, MAX_STRANGERS, TRIES_WITHIN_S, Gate
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ class Daemon:
 
     def __init__(self):
         self.health = Health("ok", {"active": 3, "queued": 1, "adapters": ["odo"], "secret": "x"})
-        metrics = Metrics(lambda: self.health.figures, build={})
+        metrics = Metrics(lambda: self.health.figures)
         gate = Gate("127.0.0.1", 4780)
         self.pages = Pages(gate, metrics, version="1.2.3", needs_token=True, health=lambda: self.health)
 

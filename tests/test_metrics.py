@@ -28,7 +28,7 @@ STATUS = {
 
 @pytest.fixture
 def metrics():
-    return Metrics(lambda: STATUS, build={"version": "1", "device": "cpu, 2 threads"})
+    return Metrics(lambda: STATUS)
 
 
 def values(metrics):
@@ -77,7 +77,7 @@ def test_what_was_not_taken(metrics):
     ]
     metrics.sent(wire.Accepted(batch="b", items=items))
     metrics.sent(wire.Error(code="invalid", message="'y' is wrong"))
-    metrics.lines_dropped(["odo", "odo"])
+    metrics.lines_dropped(["odo", "odo", None])
     found = values(metrics)
     assert found["npc_runtime_lines_accepted_total"] == 1
     assert found["npc_runtime_lines_rejected_total[('code', 'persona_unknown')]"] == 1
@@ -100,6 +100,7 @@ def test_connections_and_answers(metrics):
 
 
 def test_the_status_map_is_read_when_asked(metrics):
+    metrics.describe(version="1", device="cpu, 2 threads", backend="torch", base="b")
     found = values(metrics)
     assert found["npc_runtime_lines_active"] == 2
     assert found["npc_runtime_lines_queued"] == 5
@@ -111,11 +112,12 @@ def test_the_status_map_is_read_when_asked(metrics):
     assert found["npc_runtime_memory_bytes[('kind', 'base')]"] == 2 << 20
     assert found["npc_runtime_paused"] == 1
     assert "npc_runtime_max_tokens_per_second" not in found
-    assert found["npc_runtime_build_info[('device', 'cpu, 2 threads'), ('version', '1')]"] == 1
+    labels = "('backend', 'torch'), ('base', 'b'), ('device', 'cpu, 2 threads'), ('version', '1')"
+    assert found[f"npc_runtime_build_info[{labels}]"] == 1
 
 
 def test_before_there_is_an_engine():
-    found = values(Metrics(dict, build={}))
+    found = values(Metrics(dict))
     assert "npc_runtime_lines_active" not in found
     assert found["npc_runtime_lines_accepted_total"] == 0
 
@@ -135,4 +137,4 @@ def test_labels_are_bounded(metrics):
 
 def test_two_daemons_in_a_process_share_nothing(metrics):
     metrics.connection_opened("npc.v1.json")
-    assert "npc_runtime_connections_opened_total" not in str(values(Metrics(dict, build={})))
+    assert "npc_runtime_connections_opened_total" not in str(values(Metrics(dict)))

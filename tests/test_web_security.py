@@ -18,8 +18,8 @@ from conftest import MS, discard, start_daemon
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from npc_runtime.door import MAX_CONNECTIONS
 from npc_runtime.gate import DELAY_S, FREE_TRIES, MAX_STRANGERS
-from npc_runtime.server import MAX_CONNECTIONS
 
 WAIT_MS = 20_000_000 * MS
 """Playwright counts milliseconds."""
@@ -278,7 +278,7 @@ class Rebinding:
             thread.join()
 
 
-def test_dns_rebinding_finds_a_closed_door(browser, guarded, address):
+def test_dns_rebinding_finds_a_closed_gate(browser, guarded, address):
     """The page came by the name and port that now lead to the daemon: to the browser it is the daemon's own."""
     port = guarded.endpoint["port"]
     with serve_pages({"/": "<title>evil</title>"}) as elsewhere:
