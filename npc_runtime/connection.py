@@ -5,6 +5,7 @@ import logging
 import socket
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from websockets.asyncio.server import ServerConnection
@@ -27,8 +28,9 @@ from npc_runtime.effects import (
     Watch,
 )
 from npc_runtime.engine.core import Ended, Spoken, Started
-from npc_runtime.errors import InternalError
+from npc_runtime.errors import InternalError, WireError
 from npc_runtime.gate import HELLO_TIMEOUT_S
+from npc_runtime.recording import Recorder
 from npc_runtime.session import Session
 
 if TYPE_CHECKING:
@@ -50,8 +52,9 @@ minutes that nobody listens."""
 class Connection:
     """A client's socket and its session."""
 
-    def __init__(self, socket_: ServerConnection, session: Session, server: "NpcServer") -> None:
+    def __init__(self, number: int, socket_: ServerConnection, session: Session, server: "NpcServer") -> None:
         self.session = session
+        self._number = number
         self.opened_at = time.monotonic()
         self._was_let_in = False
         self._socket = socket_
@@ -159,6 +162,8 @@ class Connection:
 
     def _take(self, frame: bytes | str) -> None:
         had_said_hello = self.session.has_said_hello
+        if self._server.recorder is not None:
+            self._record_frame(self._server.recorder, frame)
         try:
             self.perform(self.session.receive(frame, time.monotonic()))
         except Exception:  # a defect that one message met must not end the lines that are being spoken
@@ -171,6 +176,10 @@ class Connection:
             self._server.gate.leave(self._socket.transport)
             self._server.metrics.connection_opened(session.subprotocol)
             logger.info("opened session=%s client=%r subprotocol=%s", session.name, session.client, session.subprotocol)
+
+    def _record_frame(self, recorder: Recorder, frame: bytes | str) -> None:
+        with suppress(WireError):  # what is no message is answered, and is of no use to a replay
+            recorder.add(self._number, "client", codec.decode(frame, self.session.subprotocol))
 
     async def _write(self) -> None:
         try:
@@ -197,6 +206,11 @@ class Connection:
         except asyncio.QueueFull:
             logger.warning("session=%s reads too slowly; dropped", self.session.name)
             self.abort()
+            return
+        if isinstance(message, Close):
+            return
+        if self._server.recorder is not None:
+            self._server.recorder.add(self._number, "daemon", message.model_dump(mode="json", exclude_none=True))
         if isinstance(message, wire.LineStart | wire.Delta | wire.LineEnd):
             self._server.on_said(self.session, message)
 

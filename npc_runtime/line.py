@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     from npc_runtime.cast import Npc
     from npc_runtime.engine.core import Ended, Started
 
-__all__ = ["Job", "Line", "Renderer", "error_info", "line_end", "line_prompt", "line_start", "resolve_sampling"]
+__all__ = [
+    "Job",
+    "Line",
+    "Renderer",
+    "error_info",
+    "line_end",
+    "line_prompt",
+    "line_start",
+    "resolve_sampling",
+    "said_in",
+]
 
 
 class Renderer(Protocol):
@@ -38,6 +48,7 @@ class Job:
     soft_words: int
     priority: int
     deadline_ms: float | None
+    asked: tuple[str, str] | None = None  # the persona, and the player's words: what a replay finds the line by
 
 
 @dataclass(slots=True)
@@ -90,6 +101,13 @@ def line_prompt(
             f"The limit is {wire.LIMITS['text_chars']}; shorten it.",
         )
     return persona.prompt(history, text, speaker=speaker, context=request.context, facts=facts)
+
+
+def said_in(request: wire.LineRequest) -> str:
+    """The player's words, as they join a history."""
+    if request.input is not None:
+        return f"{request.input.speaker}: {request.input.text}" if request.input.speaker else request.input.text
+    return request.messages[-1].content if request.messages else ""
 
 
 def resolve_sampling(asked: wire.LineSampling, persona: Persona, new_seed: Callable[[], int]) -> wire.LineSampling:

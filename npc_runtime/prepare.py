@@ -57,7 +57,7 @@ def write_prompt(line: Line, stage: Stage) -> None:
             f"{context}.",
             "Shorten the text, the context or the persona, or lower max_tokens.",
         )
-    line.job = replace(line.job, prompt_ids=prompt_ids)
+    line.job = replace(line.job, prompt_ids=prompt_ids, asked=(line.persona.id, prompt.said))
     line.prompt_hash = hashlib.sha256(",".join(map(str, prompt_ids)).encode()).hexdigest()[:16]
     line.said, line.note = prompt.said, fitted.left_out
 

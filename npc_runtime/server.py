@@ -23,13 +23,22 @@ from websockets.typing import Subprotocol
 from npc_runtime import protocol as wire
 from npc_runtime.connection import Connection
 from npc_runtime.door import Door
-from npc_runtime.engine.core import Ended, EndReason, EngineStats, Event, Request, SamplingParams, StepOutput
-from npc_runtime.engine.engine import Engine
+from npc_runtime.engine.core import (
+    Ended,
+    EndReason,
+    EngineStats,
+    Event,
+    LineEngine,
+    Request,
+    SamplingParams,
+    StepOutput,
+)
 from npc_runtime.errors import DeviceFailed, OverloadError, WireError
 from npc_runtime.gate import HELLO_TIMEOUT_S, Gate
 from npc_runtime.line import Job
 from npc_runtime.metrics import Metrics
 from npc_runtime.pages import Health, Pages
+from npc_runtime.recording import Recorder
 from npc_runtime.session import Session
 from npc_runtime.stage import Stage
 
@@ -56,12 +65,14 @@ class NpcServer:
         )
         self.is_over = asyncio.Event()  # nothing more will be generated
         self._started_at = time.monotonic()
-        self._engine: Engine | None = None
+        self._engine: LineEngine | None = None
         self._stage: Stage | None = None
         self._server: Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stats: asyncio.Task[None] | None = None
+        self.recorder: Recorder | None = None
         self._request_ids = itertools.count(1)
+        self._numbers = itertools.count(1)
         self._owners: dict[int, Connection] = {}
         self._connections: set[Connection] = set()
         self._watchers: set[Connection] = set()
@@ -85,7 +96,7 @@ class NpcServer:
             server_header=None,
         )
 
-    def open(self, engine: Engine, make_stage: Callable[[Callable[[], int], Callable[[], int]], Stage]) -> None:
+    def open(self, engine: LineEngine, make_stage: Callable[[Callable[[], int], Callable[[], int]], Stage]) -> None:
         """Speak lines with this engine, whose callback is `on_step`. `make_stage` gets what makes request ids and
         seeds.
         """
@@ -288,7 +299,7 @@ class NpcServer:
             await socket_.close(*refusal)
             return
         session = Session(subprotocol=str(socket_.subprotocol), door=self._door, stage=self._stage)
-        connection = Connection(socket_, session, self)
+        connection = Connection(next(self._numbers), socket_, session, self)
         self._connections.add(connection)
         try:
             await connection.run()
@@ -354,6 +365,7 @@ def _to_request(job: Job, group: Hashable) -> Request:
         arrival=job.arrival,
         adapter=job.adapter,
         group=group,
+        asked=job.asked,
         priority=job.priority,
         deadline=None if job.deadline_ms is None else job.arrival + job.deadline_ms / 1000,
         is_warmup=job.batch is None,

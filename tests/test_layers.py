@@ -98,6 +98,8 @@ LAYERS = [
     "npc_runtime.engine.engine",
     "npc_runtime.gate",
     "npc_runtime.metrics",
+    "npc_runtime.recording",
+    "npc_runtime.replay",
     "npc_runtime.connection",
     "npc_runtime.pages",
     "npc_runtime.server",

@@ -109,6 +109,14 @@ def codes_of(accepted):
     return [item.code or item.status for item in accepted.items]
 
 
+def test_an_end_says_to_the_server_whose_line_it_was():
+    game = Game()
+    game.generate({})
+    effects = game.session.on_ended(Ended(1, EndReason.STOP), 1.0)
+    ends = [effect for effect in effects if isinstance(effect, Send) and isinstance(effect.message, wire.LineEnd)]
+    assert [effect.persona for effect in ends] == ["brom"]
+
+
 # -- hello ---------------------------------------------------------------------------------------------------
 
 HELLO = {"type": "hello", "protocol": 1}

@@ -1,10 +1,11 @@
 """The data that flows through the engine: requests, sequences, events and the configuration. No torch."""
 
 from array import array
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Protocol
 
 from npc_runtime.errors import WireError
 
@@ -15,6 +16,7 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "Event",
+    "LineEngine",
     "Request",
     "SamplingParams",
     "SeenTokens",
@@ -97,6 +99,7 @@ class Request:
     adapter: str | None = None  # name in the adapter store
     cache_key: str = ""  # the adapter's content; equal prefixes are shared only under the same key
     group: Hashable = None
+    asked: tuple[str, str] | None = None  # the persona and the player's words; engines that compute do not look at it
     priority: int = 5
     deadline: float | None = None  # seconds, the engine's clock
     is_warmup: bool = False
@@ -235,3 +238,42 @@ class EngineStats:
     kv_blocks_cached: int  # holding a known prefix, in use or not
     num_preempted: int  # since start
     adapters_resident: tuple[str, ...]
+
+
+class LineEngine(Protocol):
+    """What speaks lines: the engine, or a recording that is played in its place."""
+
+    @property
+    def has_died(self) -> bool:
+        """Whether nothing is generated any more, though nobody closed it."""
+        ...
+
+    def start(self) -> None:
+        """Begin."""
+        ...
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queue lines that belong together."""
+        ...
+
+    def cancel(self, ids: Iterable[int]) -> None:
+        """End these lines; ids that are over already are ignored."""
+        ...
+
+    def configure(self, *, max_tokens_per_s: float | None, paused: bool) -> None:
+        """Keep to a pace, or stand still."""
+        ...
+
+    def replace_adapter(
+        self, name: str, parts: Iterable[tuple[Path, float]], on_done: Callable[[WireError | None], None]
+    ) -> None:
+        """Put new files of an adapter in use, for lines that have not begun."""
+        ...
+
+    def close(self, timeout_s: float) -> None:
+        """End every line as cancelled, and stop."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """A snapshot, from any thread."""
+        ...

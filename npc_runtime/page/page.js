@@ -211,7 +211,7 @@ function connect() {
     const message = JSON.parse(event.data);
     if (message.type === "welcome") onWelcome(message);
     else if (message.type === "reply") onReply(message, parts);
-    else if (message.type === "event" && message.kind === "persona.changed") onPersona(message.persona);
+    else if (message.type === "event") onEvent(message);
   };
   mine.onclose = (event) => {
     if (mine === socket) onClose(event.code, event.reason);
@@ -252,7 +252,10 @@ function onStatus(status) {
   pollTimer = setTimeout(() => send({ type: "status", id: "status" }), POLL_MS);
 }
 
-function onPersona(persona) {
+function onEvent(event) {
+  if (event.kind === "model.loading") say(`${event.message} ${percent(event.progress)}`, "wait");
+  if (event.kind !== "persona.changed") return;
+  const persona = event.persona;
   if (persona.error?.code === "persona_unknown") personas.delete(persona.id);
   else personas.set(persona.id, persona);
   showPersonas();
