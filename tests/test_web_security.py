@@ -492,7 +492,7 @@ def test_what_allows_anybody_is_refused_at_the_start(make_daemon, make_persona, 
 def test_the_token_was_told_to_nobody(guarded, address):
     """After all of the above: not in the log, not in what plain HTTP answers."""
     log = guarded.read_log()
-    assert "opened (npc.v1.json)" in log
+    assert "opened session=" in log
     assert guarded.token not in log
     assert "Traceback" not in log, log
     for path in ("/", "/page.js", "/page.css", "/icon.svg", "/healthz", "/metrics"):
