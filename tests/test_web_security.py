@@ -337,6 +337,7 @@ def test_silent_sockets_do_not_keep_the_game_out(guarded, address):
     """Half of them said nothing at all, half are WebSockets without a hello; more than there are places."""
     host, port = address.split(":")
     with contextlib.ExitStack() as stack:
+        early = stack.enter_context(hello(guarded))
         silent = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(MAX_STRANGERS)]
         for _ in range(MAX_CONNECTIONS + 4):
             stack.enter_context(
@@ -348,6 +349,8 @@ def test_silent_sockets_do_not_keep_the_game_out(guarded, address):
             silent[0].settimeout(2_000 * MS)
             with contextlib.suppress(ConnectionResetError):
                 assert silent[0].recv(1) == b"", "the oldest was dropped"
+        early.send(json.dumps({"type": "status"}))
+        assert json.loads(early.recv(WAIT_MS / 1000))["type"] == "reply", "who said hello is no stranger"
 
 
 def test_those_who_said_hello_have_their_number(guarded):
