@@ -103,6 +103,17 @@ def serve(
         typer.Option(help="auto: 4 bits on a GPU for a base of a billion weights or more that has none of its own."),
     ] = Quantize.AUTO,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Accept clients without a token (loopback only).")] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A name besides its own that the daemon is called by; may be given again."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Whose web pages may connect besides the daemon's own, with the token: http://localhost:8080.",
+        ),
+    ] = None,
     project: Annotated[
         str | None, typer.Option(help="Name of the runtime file, of one daemon at a time; default from --personas.")
     ] = None,
@@ -165,6 +176,8 @@ def serve(
             kv_mib=kv_memory,
             gpu_mib=gpu_memory,
             max_adapter_rank=max_adapter_rank,
+            allowed_hosts=tuple(allow_host or ()),
+            allowed_origins=tuple(allow_origin or ()),
         )
         console = stderr()
         run_daemon(settings, process, lambda: progress_bars(console) if console.is_terminal else logged_progress())
@@ -248,6 +261,24 @@ def bench(
             )
         )
     typer.echo(result.to_json() if as_json else result.to_text())
+
+
+@app.command()
+def page(
+    is_opened: Annotated[bool, typer.Option("--open", help="Open it in the browser instead of printing it.")] = False,
+    project: Annotated[str | None, typer.Option(help="Name of the runtime file; default from --personas.")] = None,
+    personas: Personas = None,
+) -> None:
+    """Print the link of the running daemon's status page; whoever has it can use the daemon."""
+    from npc_runtime.discovery import project_of
+    from npc_runtime.page_link import find_link, open_link
+
+    name = project or project_of(personas or default_personas())
+    link = find_link(name, f"project '{project}'" if project else f"personas {personas or default_personas()}")
+    if is_opened:
+        open_link(link, name)
+    else:
+        typer.echo(link)
 
 
 @app.command("quantize")

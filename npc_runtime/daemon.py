@@ -25,6 +25,7 @@ from npc_runtime.engine.embedded import OnProgress
 from npc_runtime.engine.engine import Engine
 from npc_runtime.engine.faults import is_device_error
 from npc_runtime.errors import StartupError
+from npc_runtime.gate import Gate
 from npc_runtime.handover import Handover
 from npc_runtime.loading import (
     LoadedBase,
@@ -93,6 +94,7 @@ def _load_and_serve(
         process.log.hide(handover.token)
     limit_gpu(settings)
     with handover.sock:
+        gate = _make_gate(settings, handover.sock.getsockname()[1])
         with progress() as on_progress:
             base = load_base(
                 settings.base,
@@ -106,11 +108,15 @@ def _load_and_serve(
         load_adapters(adapters, library, base.info.name)
         config = fit_gpu(settings, base, adapters, config)
         door = Door(token=handover.token, project=process.project)
-        server = NpcServer(door=door, version=__version__, host=settings.host, port=handover.sock.getsockname()[1])
+        server = NpcServer(gate=gate, door=door, version=__version__)
         # Not on the loop: what takes long must end at once when Ctrl-C asks for it.
         engine = _make_engine(base, adapters, config, server, progress)
         info = _make_info(base, config)
         return asyncio.run(_serve(settings, process, handover, base, info, library, server, engine, loaded_at))
+
+
+def _make_gate(settings: Settings, port: int) -> Gate:
+    return Gate(settings.host, port, allowed_hosts=settings.allowed_hosts, allowed_origins=settings.allowed_origins)
 
 
 def _make_info(base: LoadedBase, config: EngineConfig) -> DaemonInfo:
@@ -172,10 +178,12 @@ async def _serve(
     path = _write_runtime_file(process.project, endpoint)
     if settings.host not in LOOPBACK:
         logger.warning("bound to %s: other machines can connect, with the token", settings.host)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
     logger.info(
         "%s on %s, %d personas; ws://%s:%d/v1; token and port in %s; log: %s; Ctrl-C stops",
-        *(base.info.name, base.device.name, len(library), settings.host, port, path, log_file or "stderr"),
+        *(base.info.name, base.device.name, len(library), host, port, path, log_file or "stderr"),
     )
+    logger.info("status page: http://%s:%d/ (npc-runtime page prints a link that opens it)", host, port)
     process.log.settle()
     watch = PersonaWatch(
         library,

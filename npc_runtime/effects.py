@@ -8,6 +8,7 @@ from npc_runtime.line import Job
 __all__ = [
     "Close",
     "Configure",
+    "Dropped",
     "Effect",
     "ManagePersona",
     "Send",
@@ -22,9 +23,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a message."""
+    """Send a message; of a `line.end`, `persona` is whose line it was, if the daemon has that persona."""
 
     message: wire.ServerMessage
+    persona: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,13 @@ class Stop:
     """Cancel these requests in the engine."""
 
     request_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Note that lines of these personas get no end, since their client is gone."""
+
+    personas: tuple[str | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,4 +100,4 @@ class Close:
     reason: str
 
 
-Effect = Send | SendStatus | Submit | Stop | Configure | ManagePersona | Watch | Supersede | Shutdown | Close
+Effect = Send | SendStatus | Submit | Stop | Dropped | Configure | ManagePersona | Watch | Supersede | Shutdown | Close

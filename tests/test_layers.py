@@ -104,9 +104,12 @@ LAYERS = [
     "npc_runtime.engine.rehearsal",
     "npc_runtime.engine.runner",
     "npc_runtime.engine.engine",
+    "npc_runtime.gate",
+    "npc_runtime.metrics",
     "npc_runtime.recording",
     "npc_runtime.replay",
     "npc_runtime.connection",
+    "npc_runtime.pages",
     "npc_runtime.server",
     "npc_runtime.batch",
     "npc_runtime.client",
@@ -134,6 +137,7 @@ LAYERS = [
     "npc_runtime.console",
     "npc_runtime.demo",
     "npc_runtime.bench",
+    "npc_runtime.page_link",
     "npc_runtime.options",
     "npc_runtime.card_commands",
     "npc_runtime.persona_commands",
@@ -181,6 +185,10 @@ WITHOUT_TORCH = [
     "npc_runtime.project_lock",
     "npc_runtime.discovery",
     "npc_runtime.daemon_process",
+    "npc_runtime.gate",
+    "npc_runtime.metrics",
+    "npc_runtime.pages",
+    "npc_runtime.page_link",
     "npc_runtime.client",
     "npc_runtime.console",
     "npc_runtime.card_folder",
@@ -286,7 +294,19 @@ def test_public_names_are_listed_and_true(name):
     body = ast.parse(SOURCES[name].read_text(encoding="utf-8")).body
     kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     public = {node.name for node in body if isinstance(node, kinds) and not node.name.startswith("_")}
-    commands = {"serve", "demo", "bench", "train", "quantize_base", "DType", "Quantize", "LogLevel", "Part", "evaluate"}
+    commands = {
+        "serve",
+        "demo",
+        "bench",
+        "page",
+        "train",
+        "quantize_base",
+        "DType",
+        "Quantize",
+        "LogLevel",
+        "Part",
+        "evaluate",
+    }
     of_personas = {f"persona_{verb}" for verb in ("new", "list", "show", "check", "render")}
     unlisted = {"npc_runtime.cli": commands, "npc_runtime.persona_commands": of_personas}
     assert public - set(listed) <= unlisted.get(name, set())
