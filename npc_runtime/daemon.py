@@ -39,6 +39,7 @@ from npc_runtime.loading import (
     make_store,
 )
 from npc_runtime.persona import Library
+from npc_runtime.persona_folder import PersonaFolder
 from npc_runtime.protocol import PROTOCOL_VERSION, BaseModelInfo
 from npc_runtime.reload import PersonaWatch
 from npc_runtime.server import NpcServer
@@ -107,8 +108,9 @@ def _load_and_serve(
         adapters = make_store(base.decoder.shape, base.device, config, base.info.folder)
         load_adapters(adapters, library, base.info.name)
         config = fit_gpu(settings, base, adapters, config)
-        door = Door(token=handover.token, project=process.project)
-        server = NpcServer(gate=gate, door=door, version=__version__)
+        door = Door(token=handover.token, project=process.project, owner_pid=process.owner_pid)
+        personas = PersonaFolder(settings.personas)
+        server = NpcServer(gate=gate, door=door, personas=personas, version=__version__)
         # Not on the loop: what takes long must end at once when Ctrl-C asks for it.
         engine = _make_engine(base, adapters, config, server, progress)
         info = _make_info(base, config)

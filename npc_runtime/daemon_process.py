@@ -42,6 +42,7 @@ class DaemonProcess:
     log: Log
     lock: ProjectLock | None = None
     owner: OwnerWatch | None = None
+    owner_pid: int | None = None
     taken: Handover | None = None  # from the process before this one
 
     @property
@@ -108,7 +109,7 @@ def _prepare(project: str, owner_pid: int | None, log: Log, file: str | None) ->
             log.open_file(Path(file) if file else _default_file(project), is_wanted=file is not None)
         about = pairs(pid=os.getpid(), project=project, owner=owner_pid, python=platform.python_version())
         log.note(logging.INFO, f"npc-runtime {__version__} starts {about}")
-        yield DaemonProcess(project, log, lock, owner, taken)
+        yield DaemonProcess(project, log, lock, owner, owner_pid, taken)
 
 
 def _hold(project: str, taken: Handover | None) -> ProjectLock | None:

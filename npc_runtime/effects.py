@@ -11,6 +11,7 @@ __all__ = [
     "Dropped",
     "Effect",
     "ManagePersona",
+    "PersonaMessage",
     "Send",
     "SendStatus",
     "Shutdown",
@@ -66,11 +67,14 @@ class Configure:
     paused: bool
 
 
+PersonaMessage = wire.PersonaGet | wire.PersonaPut | wire.PersonaValidate | wire.PersonaDelete
+
+
 @dataclass(frozen=True, slots=True)
 class ManagePersona:
     """Read or write a persona's file, and hand what came of it to `Session.reply` or `Session.fail`."""
 
-    message: wire.PersonaGet | wire.PersonaPut | wire.PersonaValidate | wire.PersonaDelete
+    message: PersonaMessage
 
 
 @dataclass(frozen=True, slots=True)

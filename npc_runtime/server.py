@@ -23,6 +23,7 @@ from websockets.typing import Subprotocol
 from npc_runtime import protocol as wire
 from npc_runtime.connection import Connection
 from npc_runtime.door import Door
+from npc_runtime.effects import PersonaMessage
 from npc_runtime.engine.core import (
     Ended,
     EndReason,
@@ -33,11 +34,12 @@ from npc_runtime.engine.core import (
     SamplingParams,
     StepOutput,
 )
-from npc_runtime.errors import DeviceFailed, OverloadError, WireError
+from npc_runtime.errors import DeviceFailed, InternalError, OverloadError, WireError
 from npc_runtime.gate import HELLO_TIMEOUT_S, Gate
 from npc_runtime.line import Job
 from npc_runtime.metrics import Metrics
 from npc_runtime.pages import Health, Pages
+from npc_runtime.persona_folder import PersonaFolder
 from npc_runtime.recording import Recorder
 from npc_runtime.session import Session
 from npc_runtime.stage import Stage
@@ -55,7 +57,7 @@ SEED_BITS = 53
 class NpcServer:
     """All connections of one engine. `start` binds nothing: the caller hands in a bound socket."""
 
-    def __init__(self, *, gate: Gate, door: Door, version: str) -> None:
+    def __init__(self, *, gate: Gate, door: Door, personas: PersonaFolder, version: str) -> None:
         self.gate = gate
         self.metrics = Metrics(lambda: self._health().figures)
         self._door = door
@@ -64,6 +66,8 @@ class NpcServer:
         )
         self.is_over = asyncio.Event()  # nothing more will be generated
         self._started_at = time.monotonic()
+        self._personas = personas
+        self._tasks: set[asyncio.Task[None]] = set()
         self._engine: LineEngine | None = None
         self._stage: Stage | None = None
         self._server: Server | None = None
@@ -205,10 +209,10 @@ class NpcServer:
 
     def _apply_wishes(self) -> dict[str, Any]:
         assert self._engine is not None
-        rates = [rate for rate, _ in self._wishes.values() if rate is not None]
-        pace = {"max_tokens_per_s": min(rates, default=None), "paused": any(p for _, p in self._wishes.values())}
-        self._engine.configure(**pace)
-        return pace
+        max_tokens_per_s = min((rate for rate, _ in self._wishes.values() if rate is not None), default=None)
+        paused = any(paused for _, paused in self._wishes.values())
+        self._engine.configure(max_tokens_per_s=max_tokens_per_s, paused=paused)
+        return {"max_tokens_per_s": max_tokens_per_s, "paused": paused}
 
     async def replace_adapter(self, name: str, parts: list[tuple[Path, float]]) -> None:
         """Have the engine use new files of an adapter from the next line on. Raises `WireError`: they are not used."""
@@ -256,9 +260,16 @@ class NpcServer:
             if connection.session is session:
                 connection.perform(connection.session.supersede(time.monotonic()))
 
-    def manage_persona(self, connection: Connection, message: wire.ClientMessage) -> None:
-        """Read or write a persona's file."""
-        raise NotImplementedError
+    def manage_persona(self, connection: Connection, message: PersonaMessage) -> None:
+        """Read or write a persona's file, off the loop, and tell who asked; the session bounds how many."""
+
+        async def manage() -> None:
+            outcome = await asyncio.to_thread(_manage, self._personas, message)
+            connection.perform(connection.session.on_managed(message.id, outcome))
+
+        task = asyncio.create_task(manage())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def status(self) -> dict[str, Any]:
         """The fields of `stats`, and the body of `reply` to `status`."""
@@ -352,6 +363,24 @@ def _visitors_of(gate: Gate) -> type[ServerConnection]:
             super().connection_lost(exc)
 
     return Visitor
+
+
+def _manage(folder: PersonaFolder, message: PersonaMessage) -> dict[str, Any] | WireError:
+    """What came of it; in a thread of its own."""
+    try:
+        match message:
+            case wire.PersonaGet():
+                return folder.get(message.persona)
+            case wire.PersonaPut():
+                return folder.put(message.persona, message.doc, etag=message.etag)
+            case wire.PersonaValidate():
+                return folder.validate(message.doc, message.persona)
+        return folder.delete(message.persona)
+    except WireError as error:
+        return error
+    except Exception:  # files come from anywhere
+        logger.exception("the persona could not be managed")
+        return InternalError("The persona's file could not be managed.", "The daemon's log has the details.")
 
 
 def _to_request(job: Job, group: Hashable) -> Request:
