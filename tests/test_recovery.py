@@ -124,7 +124,8 @@ def start(base, store, monkeypatch, probe):
 
     def on_step(step):
         ended.extend(event for event in step.events if isinstance(event, Ended))
-        seen.set()
+        if step.events:
+            seen.set()
 
     engine = Engine(
         base.decoder, base.tokenizer, store, EngineConfig(kv_tokens=2048), on_step=on_step, on_death=died.set

@@ -22,13 +22,13 @@ def welcome(sequence):
     return Admission.ADMITTED
 
 
-def plan(scheduler, now=0.0, admit=welcome, leave=lambda sequence: None):
-    return scheduler.plan(now, admit, leave)
+def plan(scheduler, admit=welcome, leave=lambda sequence: None):
+    return scheduler.plan(admit, leave)
 
 
-def step(scheduler, admit=welcome, leave=lambda sequence: None, now=0.0):
+def step(scheduler, admit=welcome, leave=lambda sequence: None, **options):
     """Run one step as the engine does; returns its rows as (id, start, stop)."""
-    rows = scheduler.plan(now, admit, leave)
+    rows = scheduler.plan(admit, leave, **options)
     done = [(row.sequence.request.id, row.start, row.stop) for row in rows]
     samples = [row.sequence for row in rows if row.samples]
     scheduler.computed(rows)
@@ -68,7 +68,7 @@ def test_waiting_raises_a_line_by_one_priority_every_two_seconds():
     scheduler.add(make_request(1, reply=1, priority=3, arrival=0.0))
     scheduler.add(make_request(2, reply=1, priority=5, arrival=3.9))
     scheduler.add(make_request(3, reply=1, priority=5, arrival=4.1))
-    assert [step(scheduler, now=5.0)[0][0] for _ in range(3)] == [2, 1, 3]
+    assert [step(scheduler)[0][0] for _ in range(3)] == [2, 1, 3]
 
 
 def test_nothing_starves():
@@ -77,7 +77,7 @@ def test_nothing_starves():
     scheduler.add(make_request(0, reply=1, priority=0))
     for second in range(30):
         scheduler.add(make_request(second + 1, reply=1, priority=9, arrival=float(second)))
-        if step(scheduler, now=float(second))[0][0] == 0:
+        if step(scheduler)[0][0] == 0:
             break
     assert second == 18
 

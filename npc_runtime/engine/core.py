@@ -9,12 +9,17 @@ from typing import Literal
 from npc_runtime.errors import WireError
 
 __all__ = [
+    "AdapterEvicted",
+    "AdapterLoaded",
     "Admission",
+    "Degraded",
     "EndReason",
     "Ended",
     "EngineConfig",
     "EngineStats",
     "Event",
+    "MemoryBytes",
+    "News",
     "Request",
     "SamplingParams",
     "SeenTokens",
@@ -87,7 +92,8 @@ class SamplingParams:
 class Request:
     """One line to generate. `id` is unique in the engine; `group` is what the client sent together.
 
-    A warmup computes its prompt into the prefix cache, has its adapter pinned, and ends without a token.
+    Lines of one priority take turns by `client`: whoever sends many does not keep the others waiting. A warmup computes
+    its prompt into the prefix cache, has its adapter pinned, and ends without a token.
     """
 
     id: int
@@ -97,6 +103,7 @@ class Request:
     adapter: str | None = None  # name in the adapter store
     cache_key: str = ""  # the adapter's content; equal prefixes are shared only under the same key
     group: Hashable = None
+    client: Hashable = None  # whose line it is: a connection
     priority: int = 5
     deadline: float | None = None  # seconds, the engine's clock
     is_warmup: bool = False
@@ -214,11 +221,47 @@ Event = Started | Spoken | Ended
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterLoaded:
+    """An adapter came to the device; by the name that lines ask for, whatever version of it."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEvicted:
+    """An adapter made room for another; the next line that wants it waits for a load."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Degraded:
+    """The engine goes on, but something happened that whoever runs it should know."""
+
+    message: str
+
+
+News = AdapterLoaded | AdapterEvicted | Degraded
+"""What is nobody's line. Rare: an adapter that came or went, a device that failed and recovered."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step brought: its events, and the groups that its one base forward served (none: no forward)."""
+    """What one step brought: its events, the groups that its one base forward served (none: no forward), and news."""
 
     events: tuple[Event, ...]
     groups: frozenset[Hashable] = frozenset()
+    news: tuple[News, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBytes:
+    """What the engine holds. On a CPU all of it is main memory, on a GPU all but the copies is the GPU's."""
+
+    kv_cache: int
+    adapter_pool: int  # pages on the device, used or not
+    adapter_copies: int  # of adapters, in main memory
+    gpu: int | None = None  # that torch has taken for everything, the base included; None: there is no GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,3 +278,6 @@ class EngineStats:
     kv_blocks_cached: int  # holding a known prefix, in use or not
     num_preempted: int  # since start
     adapters_resident: tuple[str, ...]
+    paused: bool
+    max_tokens_per_s: float | None
+    memory: MemoryBytes

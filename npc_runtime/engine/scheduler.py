@@ -8,12 +8,23 @@ A new line is admitted when a row and KV blocks for its prompt are free and its 
 whose adapter is being loaded is passed by those behind it. A line that there is no room for, neither blocks nor
 pages, is not: whatever is given back is kept for it. Only lines whose adapter was loaded for them, and so keeps the
 pages it is in, may still go before one that waits for pages; no further load is begun until that one has its own.
-Waiting raises a line's rank by one priority every `ageing_s`, so nothing starves.
 
-A running line takes blocks as it grows; when none are left, the lowest-ranked line is preempted: its blocks go back,
-and it waits to be computed again, its reply so far as part of its prompt.
+Waiting raises a line by one priority every `ageing_s`, so nothing starves. By that every line has a place in the queue,
+which no clock changes. Lines of one priority take their places in turns: first those whose client has no other line of
+that priority running or waiting ahead, then those whose client has one, and so on. So a client's own lines keep their
+order, and one that sends many does not keep the others waiting. An example, where nothing runs yet, and A9 is a line of
+client A with priority 9:
+
+    places, by priority and arrival       A9  A5  A5  A5  B5  C5  B0
+    others of its client ahead             0   0   1   2   0   0   0
+    order                                 A9  A5  B5  C5  A5  A5  B0
+
+A running line takes blocks as it grows; when none are left, the one with the last place is preempted: its blocks go
+back, and it waits to be computed again, its reply so far as part of its prompt.
 """
 
+from bisect import insort
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -61,7 +72,7 @@ class Scheduler:
         self._config = config
         self.blocks = BlockPool(config.num_blocks, config.block_size)
         self.running: list[Sequence] = []
-        self.waiting: list[Sequence] = []
+        self.waiting: list[Sequence] = []  # by place
         self.num_preempted = 0
 
     @property
@@ -86,19 +97,27 @@ class Scheduler:
                 f"into the {self._config.kv_tokens} tokens of the KV cache.",
                 "Shorten the text, or lower max_tokens.",
             )
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=self._place)
 
-    def plan(self, now: float, admit: Admit, suspend: Suspend) -> list[PlannedRow]:
-        """Admit what fits, then choose the rows of the next step: all that speak, and prompt chunks by rank."""
-        self._admit_waiting(now, admit)
+    def plan(self, admit: Admit, suspend: Suspend, *, max_prompt_tokens: int | None = None) -> list[PlannedRow]:
+        """Admit what fits, then choose the rows of the next step: all that speak, and prompt chunks in turns.
+
+        `max_prompt_tokens` bounds all chunks together, besides `max_step_tokens`, which bounds the whole step.
+        """
+        self._admit_waiting(admit)
         budget = self._config.max_step_tokens
         rows: list[PlannedRow] = []
-        order = sorted(self.running, key=lambda sequence: (not sequence.speaks, self._rank(sequence, now)))
-        for sequence in order:
+        speaking: list[Sequence] = []
+        reading: list[Sequence] = []
+        for sequence in sorted(self.running, key=self._place):
+            (speaking if sequence.speaks else reading).append(sequence)
+        for number, sequence in enumerate([*speaking, *_in_turn(reading, ())]):
+            if number == len(speaking) and max_prompt_tokens is not None:
+                budget = min(budget, max_prompt_tokens)
             size = min(sequence.num_tokens - sequence.num_computed, budget)
             if sequence not in self.running or size == 0:
                 continue  # preempted for one before it, or no budget left
-            if self._make_room(sequence, sequence.num_computed + size, now, suspend, rows):
+            if self._make_room(sequence, sequence.num_computed + size, suspend, rows):
                 rows.append(PlannedRow(sequence, sequence.num_computed, sequence.num_computed + size))
                 budget -= size
         return rows
@@ -132,21 +151,23 @@ class Scheduler:
         """Assert that blocks and queues agree; tests call it after every step."""
         self.blocks.check_integrity(self.running)
         assert len(self.running) <= self._config.max_rows
+        assert self.waiting == sorted(self.waiting, key=self._place)
         assert not any(sequence.blocks for sequence in self.waiting)
         assert not any(sequence.is_promised for sequence in self.running)
         for sequence in self.running:
             assert sequence.num_computed < sequence.num_tokens
             assert self.blocks.num_needed(sequence.num_computed) <= len(sequence.blocks)
 
-    def _rank(self, sequence: Sequence, now: float) -> tuple[float, int]:
-        """Lower goes first: priority raised by waiting, then the order of arrival."""
-        aged = sequence.request.priority + (now - sequence.request.arrival) / self._config.ageing_s
-        return -aged, sequence.request.id
+    def _place(self, sequence: Sequence) -> tuple[float, int]:
+        """Lower goes first: the line with the higher priority, raised by waiting, then the earlier one."""
+        request = sequence.request
+        return request.arrival / self._config.ageing_s - request.priority, request.id
 
-    def _admit_waiting(self, now: float, admit: Admit) -> None:
-        self.waiting.sort(key=lambda sequence: self._rank(sequence, now))
+    def _admit_waiting(self, admit: Admit) -> None:
+        if not self.waiting or len(self.running) == self._config.max_rows:
+            return
         waits_for_pages = False
-        for sequence in list(self.waiting):
+        for sequence in _in_turn(self.waiting, self.running):
             if len(self.running) == self._config.max_rows:
                 return
             if waits_for_pages and not sequence.is_promised:
@@ -176,14 +197,12 @@ class Scheduler:
         self.waiting.remove(sequence)
         self.running.append(sequence)
 
-    def _make_room(
-        self, sequence: Sequence, num_tokens: int, now: float, suspend: Suspend, planned: list[PlannedRow]
-    ) -> bool:
-        """Give the sequence blocks for so many tokens, preempting the lowest-ranked others; False: it must wait."""
+    def _make_room(self, sequence: Sequence, num_tokens: int, suspend: Suspend, planned: list[PlannedRow]) -> bool:
+        """Give the sequence blocks for so many tokens, preempting others, the last first; False: it must wait."""
         while self.blocks.num_missing(sequence, num_tokens) > self.blocks.num_free:
             chosen = {row.sequence.request.id for row in planned}
             others = [other for other in self.running if other.request.id not in chosen]
-            victim = max(others, key=lambda other: self._rank(other, now))
+            victim = max(others, key=self._place)
             self._preempt(victim, suspend)
             if victim is sequence:
                 return False
@@ -195,5 +214,21 @@ class Scheduler:
         self.blocks.release(sequence)
         sequence.num_computed = 0
         self.running = [other for other in self.running if other is not sequence]
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=self._place)
         self.num_preempted += 1
+
+
+def _in_turn(by_place: Iterable[Sequence], running: Iterable[Sequence]) -> list[Sequence]:
+    """The lines in the order in which they go: those of each priority share out their places in turns."""
+    num_before = Counter((sequence.request.priority, sequence.request.client) for sequence in running)
+    classes: defaultdict[int, list[tuple[int, int, Sequence]]] = defaultdict(list)
+    order = list(by_place)
+    for place, sequence in enumerate(order):
+        request = sequence.request
+        key = request.priority, request.client
+        classes[request.priority].append((num_before[key], place, sequence))
+        num_before[key] += 1
+    for lines in classes.values():
+        for (_, place, _), (_, _, sequence) in zip(lines, sorted(lines), strict=True):
+            order[place] = sequence
+    return order
