@@ -131,6 +131,7 @@ class Sequence:
     """A request while the engine works on it."""
 
     request: Request
+    came_at: int = 0  # the scheduler's count of what has come and gone
     blocks: list[int] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)
     is_promised: bool = False  # its adapter is being loaded, or is loaded and kept, for it

@@ -11,9 +11,9 @@ pages it is in, may still go before one that waits for pages; no further load is
 
 Waiting raises a line by one priority every `ageing_s`, so nothing starves. By that every line has a place in the queue,
 which no clock changes. Lines of one priority take their places in turns: first those whose client has no other line of
-that priority running or waiting ahead, then those whose client has one, and so on. So a client's own lines keep their
-order, and one that sends many does not keep the others waiting. An example, where nothing runs yet, and A9 is a line of
-client A with priority 9:
+that priority running or waiting ahead, then those whose client has one, and so on; of equals, the one whose client had
+its last turn first. So a client's own lines keep their order, and one that sends many does not keep the others waiting.
+An example, where nothing runs yet, and A9 is a line of client A with priority 9:
 
     places, by priority and arrival       A9  A5  A5  A5  B5  C5  B0
     others of its client ahead             0   0   1   2   0   0   0
@@ -25,8 +25,9 @@ back, and it waits to be computed again, its reply so far as part of its prompt.
 
 from bisect import insort
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 
 from npc_runtime.engine.blocks import BlockPool
 from npc_runtime.engine.core import Admission, EngineConfig, Request, Sequence
@@ -39,6 +40,10 @@ Admit = Callable[[Sequence], Admission]
 
 Suspend = Callable[[Sequence], bool]
 """Gives back what `Admit` took from a line that is preempted; True: all the same it is kept for it, as a promise."""
+
+
+_Queue = tuple[int, Hashable]
+"""A priority and a client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []  # by place
         self.num_preempted = 0
+        self._ticks = count(1)  # of lines that come and lines that are admitted
+        self._turns: dict[_Queue, int] = {}  # when each had its last one, of those that have lines
 
     @property
     def has_work(self) -> bool:
@@ -90,7 +97,7 @@ class Scheduler:
         """Queue a request. Raises `OverloadError` or `ContextOverflow`; then nothing is queued."""
         if len(self.waiting) >= self._config.max_waiting:
             raise OverloadError(f"{self._config.max_waiting} lines are already waiting.", "Send fewer, or wait.")
-        sequence = Sequence(request)
+        sequence = Sequence(request, came_at=next(self._ticks))
         if self.blocks.num_needed(sequence.max_tokens) > self.blocks.num_blocks:
             raise ContextOverflow(
                 f"The prompt ({len(request.prompt_ids)} tokens) and {request.sampling.max_tokens} more do not fit "
@@ -111,7 +118,7 @@ class Scheduler:
         reading: list[Sequence] = []
         for sequence in sorted(self.running, key=self._place):
             (speaking if sequence.speaks else reading).append(sequence)
-        for number, sequence in enumerate([*speaking, *_in_turn(reading, ())]):
+        for number, sequence in enumerate([*speaking, *_in_turn(reading, Counter(), {})]):
             if number == len(speaking) and max_prompt_tokens is not None:
                 budget = min(budget, max_prompt_tokens)
             size = min(sequence.num_tokens - sequence.num_computed, budget)
@@ -166,8 +173,11 @@ class Scheduler:
     def _admit_waiting(self, admit: Admit) -> None:
         if not self.waiting or len(self.running) == self._config.max_rows:
             return
+        num_before = Counter(map(_queue_of, self.running))
+        order = _in_turn(self.waiting, num_before, self._turns)
+        self._turns = {queue: at for queue, at in self._turns.items() if queue in num_before}
         waits_for_pages = False
-        for sequence in _in_turn(self.waiting, self.running):
+        for sequence in order:
             if len(self.running) == self._config.max_rows:
                 return
             if waits_for_pages and not sequence.is_promised:
@@ -196,6 +206,7 @@ class Scheduler:
             sequence.num_cached = sequence.num_computed
         self.waiting.remove(sequence)
         self.running.append(sequence)
+        self._turns[_queue_of(sequence)] = next(self._ticks)
 
     def _make_room(self, sequence: Sequence, num_tokens: int, suspend: Suspend, planned: list[PlannedRow]) -> bool:
         """Give the sequence blocks for so many tokens, preempting others, the last first; False: it must wait."""
@@ -218,17 +229,23 @@ class Scheduler:
         self.num_preempted += 1
 
 
-def _in_turn(by_place: Iterable[Sequence], running: Iterable[Sequence]) -> list[Sequence]:
-    """The lines in the order in which they go: those of each priority share out their places in turns."""
-    num_before = Counter((sequence.request.priority, sequence.request.client) for sequence in running)
-    classes: defaultdict[int, list[tuple[int, int, Sequence]]] = defaultdict(list)
+def _queue_of(sequence: Sequence) -> _Queue:
+    return sequence.request.priority, sequence.request.client
+
+
+def _in_turn(by_place: Iterable[Sequence], num_before: Counter[_Queue], turns: Mapping[_Queue, int]) -> list[Sequence]:
+    """The lines in the order in which they go: those of each priority share out their places.
+
+    `num_before` counts what each queue has running, and afterwards these lines too.
+    """
+    classes: defaultdict[int, list[tuple[int, int, int, Sequence]]] = defaultdict(list)
     order = list(by_place)
     for place, sequence in enumerate(order):
-        request = sequence.request
-        key = request.priority, request.client
-        classes[request.priority].append((num_before[key], place, sequence))
-        num_before[key] += 1
+        queue = _queue_of(sequence)
+        since = max(turns.get(queue, 0), sequence.came_at)
+        classes[queue[0]].append((num_before[queue], since, place, sequence))
+        num_before[queue] += 1
     for lines in classes.values():
-        for (_, place, _), (_, _, sequence) in zip(lines, sorted(lines), strict=True):
+        for (_, _, place, _), (_, _, _, sequence) in zip(lines, sorted(lines), strict=True):
             order[place] = sequence
     return order
