@@ -261,7 +261,7 @@ def test_a_step_that_never_comes_back_ends_all_lines(tiny, monkeypatch, caplog):
     case.release.set()
 
 
-def test_a_step_that_comes_back_late_finds_that_all_is_over(tiny, monkeypatch):
+def test_a_step_that_comes_back_late_finds_that_all_is_over(tiny, monkeypatch, caplog):
     case = Hanging(*tiny, monkeypatch)
     case.engine.start()
     case.engine.submit([greedy(n, range(3, 12), "a1", max_tokens=400) for n in (1, 2, 3)])
@@ -271,8 +271,25 @@ def test_a_step_that_comes_back_late_finds_that_all_is_over(tiny, monkeypatch):
     assert not case.engine._thread.is_alive()
     case.check([1, 2, 3])
     assert case.deaths == ["engine watchdog"], "once"
+    assert "came back" in caplog.text
+    assert "the engine thread died" not in caplog.text
     case.engine.close(5.0)
     case.check([1, 2, 3])
+
+
+def test_a_thread_that_comes_back_with_nothing_to_say_ends_too(tiny, monkeypatch):
+    """It hangs where the loader's news are taken, and no line is there."""
+    case = Hanging(*tiny, monkeypatch, after=0)
+    monkeypatch.setattr(case, "forward", lambda rows: None)
+    monkeypatch.setattr(case.engine, "_end_unloadable", lambda events: None if case.hangs.is_set() else case.hang([]))
+    case.engine.start()
+    case.engine.cancel([])
+    assert case.hangs.wait(5_000 * MS)
+    assert case.died.wait(5_000 * MS)
+    case.release.set()
+    case.engine._thread.join(5_000 * MS)
+    assert not case.engine._thread.is_alive()
+    assert case.events == []
 
 
 @pytest.mark.parametrize("late_ms", [95, 100, 105, 110, 115])

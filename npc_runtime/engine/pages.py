@@ -174,6 +174,7 @@ class PagePool:
         slots = self._slots.items()
         assert users == {(name, user) for name, slot in slots for user in slot.users}, "a user is lost or left over"
         assert promised == {(name, user) for name, slot in slots for user in slot.promised}, "a promise is lost"
+        assert self.resident == tuple(sorted(name for name, slot in slots if slot.is_ready))
         for name, slot in slots:
             assert slot.is_ready or not slot.users, f"{name} is used before it is loaded"
             assert len(slot.pages) == self._sizes[name]
