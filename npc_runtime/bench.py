@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from npc_runtime.client import Client
 from npc_runtime.discovery import project_of, read_endpoint
 from npc_runtime.errors import DisconnectedError, InvalidError, NpcError, StartupError
-from npc_runtime.protocol import DeltaItem, LineEnd, Welcome
+from npc_runtime.protocol import DeltaItem, LineEnd, Want, Welcome
 
 __all__ = ["Report", "Target", "Trace", "find_daemon", "measure", "summarize"]
 
@@ -108,7 +108,9 @@ async def measure(
 
     Raises `NpcError` if it cannot be reached, has no persona that can speak, or drops a line.
     """
-    async with await Client.connect(target.url, token=target.token, name="npc-runtime-bench", tick_ms=0) as client:
+    async with await Client.connect(
+        target.url, token=target.token, name="npc-runtime-bench", want=Want(tick_ms=0)
+    ) as client:
         _check(client.welcome, npcs, max_tokens)
         usable = [persona for persona in await client.personas() if persona.error is None]
         if not usable:

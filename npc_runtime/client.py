@@ -11,7 +11,8 @@
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,16 +22,18 @@ from websockets.typing import Subprotocol
 
 from npc_runtime import __version__, codec
 from npc_runtime import protocol as wire
+from npc_runtime.batch import Batch, BatchEvent
 from npc_runtime.errors import DisconnectedError, InvalidError, NpcError, ProtocolError
 
-__all__ = ["Batch", "BatchEvent", "Client", "RequestError"]
+__all__ = ["Batch", "BatchEvent", "Client", "Notice", "RequestError"]
 
 ANSWER_TIMEOUT_S = 10.0
 WARMUP_TIMEOUT_S = 120.0  # dozens of prompts on a laptop that speaks meanwhile
 CLOSE_TIMEOUT_S = 1.0  # unread frames can hide the answer to a close
-MAX_BATCH_EVENTS = 4_096
+MAX_NOTICES = 256
 
-BatchEvent = wire.LineStart | wire.DeltaItem | wire.LineEnd | wire.BatchEnd
+Notice = wire.Event | wire.Stats | wire.Watched
+"""What a daemon sends unasked."""
 
 
 class RequestError(NpcError):
@@ -39,59 +42,6 @@ class RequestError(NpcError):
     def __init__(self, code: str, message: str, hint: str = "") -> None:
         super().__init__(message, hint)
         self.code = code
-
-
-class Batch:
-    """The lines of one `generate`. Iterate it to the end: it yields starts, deltas and ends, `BatchEnd` last.
-
-    Events wait in a bounded queue; a batch that nobody reads holds up the others of its connection.
-    """
-
-    def __init__(self, client: "Client", batch_id: wire.Id) -> None:
-        self.id = batch_id
-        self.accepted: wire.Accepted | None = None
-        self._client = client
-        self._events: asyncio.Queue[BatchEvent] = asyncio.Queue(MAX_BATCH_EVENTS)
-        self._failure: asyncio.Future[NpcError] = asyncio.get_running_loop().create_future()
-        self._is_over = False
-
-    @property
-    def rejected(self) -> list[wire.AcceptedItem]:
-        """The lines that were not accepted, with the reason."""
-        return [item for item in self.accepted.items if item.status == "rejected"] if self.accepted else []
-
-    async def cancel(self) -> None:
-        """Cancel what still runs; every line still gets its end."""
-        await self._client.send(wire.Cancel(batch=self.id))
-
-    async def put(self, event: BatchEvent) -> None:
-        """Take an event from the connection."""
-        await self._events.put(event)
-
-    def fail(self, reason: NpcError) -> None:
-        """The connection is gone: whoever iterates gets what came before, then the reason."""
-        if not self._failure.done():
-            self._failure.set_result(reason)
-
-    async def __aiter__(self) -> AsyncIterator[BatchEvent]:
-        while not self._is_over:
-            event = await self._next()
-            self._is_over = isinstance(event, wire.BatchEnd)
-            yield event
-
-    async def _next(self) -> BatchEvent:
-        if self._events.empty() and not self._failure.done():
-            getter = asyncio.ensure_future(self._events.get())
-            either: list[asyncio.Future[Any]] = [getter, self._failure]
-            try:
-                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-                if getter.done():
-                    return getter.result()
-            finally:
-                getter.cancel()
-        if self._events.empty():
-            raise self._failure.result()
-        return self._events.get_nowait()
 
 
 class Client:
@@ -105,6 +55,8 @@ class Client:
         self._batches: dict[wire.Id, Batch] = {}
         self._line_owners: dict[wire.Id, Batch] = {}
         self._parts: list[str] = []
+        self._notices: deque[Notice] = deque(maxlen=MAX_NOTICES)
+        self._has_notice = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
         self.welcome: wire.Welcome
 
@@ -116,11 +68,16 @@ class Client:
         token: str | None = None,
         name: str = "npc-runtime-python",
         json_frames: bool = False,
-        tick_ms: float | None = None,
+        project: str | None = None,
+        owner_pid: int | None = None,
+        resume: str | None = None,
+        want: wire.Want | None = None,
+        on_loading: Callable[[wire.Event], None] = lambda event: None,
     ) -> Self:
         """Open a connection and wait for `welcome`. Raises `DisconnectedError` with the daemon's reason.
 
-        `tick_ms` is the time between texts of a line, at least; None leaves it to the daemon, 0 is every token.
+        `resume` is the `welcome.session` of a connection that was lost. While the daemon loads its base, `on_loading`
+        is told how far it is.
         """
         subprotocol = Subprotocol(wire.SUBPROTOCOLS[1 if json_frames else 0])
         try:
@@ -136,27 +93,40 @@ class Client:
             raise DisconnectedError(f"No daemon answers at {url} ({error}).", "Is it running?") from error
         client = cls(socket)
         try:
-            client.welcome = await client._open(token, name, tick_ms)
+            info = wire.ClientInfo(name=name, version=__version__)
+            hello = wire.Hello(
+                protocol=wire.PROTOCOL_VERSION,
+                token=token,
+                client=info,
+                project=project,
+                owner_pid=owner_pid,
+                resume=resume,
+                want=want or wire.Want(),
+            )
+            client.welcome = await client._open(hello, on_loading)
         except BaseException:
             await socket.close()
             raise
         client._reader = asyncio.create_task(client._read())
         return client
 
-    async def _open(self, token: str | None, name: str, tick_ms: float | None) -> wire.Welcome:
-        info = wire.ClientInfo(name=name, version=__version__)
-        want = wire.Want() if tick_ms is None else wire.Want(tick_ms=tick_ms)
-        await self.send(wire.Hello(protocol=wire.PROTOCOL_VERSION, token=token, client=info, want=want))
-        try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                message = codec.parse_server(codec.decode(await self._socket.recv(), self._subprotocol))
-        except ConnectionClosed as error:
-            raise _disconnected(error) from error
-        except TimeoutError as error:
-            raise DisconnectedError(f"The daemon did not answer hello within {ANSWER_TIMEOUT_S:.0f} s.") from error
-        if not isinstance(message, wire.Welcome):
-            raise ProtocolError(f"The daemon answered hello with {message.type}.", "Is it a daemon of ours?")
-        return message
+    async def _open(self, hello: wire.Hello, on_loading: Callable[[wire.Event], None]) -> wire.Welcome:
+        await self.send(hello)
+        while True:
+            try:
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                    frame = await self._socket.recv()
+            except ConnectionClosed as error:
+                raise _disconnected(error) from error
+            except TimeoutError as error:
+                raise DisconnectedError(f"The daemon did not answer hello within {ANSWER_TIMEOUT_S:.0f} s.") from error
+            message = codec.parse_server(codec.decode(frame, self._subprotocol))
+            if isinstance(message, wire.Welcome):
+                return message
+            if isinstance(message, wire.Event):
+                on_loading(message)
+            elif message is not None:
+                raise ProtocolError(f"The daemon answered hello with {message.type}.", "Is it a daemon of ours?")
 
     async def __aenter__(self) -> Self:
         return self
@@ -178,7 +148,7 @@ class Client:
         batch_id = f"b{next(self._ids)}" if batch is None else batch
         if batch_id in self._batches:
             raise InvalidError(f"batch {batch_id!r} is still running.", "Give every batch its own id.")
-        handle = Batch(self, batch_id)
+        handle = Batch(batch_id, self.send)
         self._batches[batch_id] = handle
         message_id = next(self._ids)
         try:
@@ -189,14 +159,48 @@ class Client:
         handle.accepted = wire.Accepted.model_validate(body)
         return handle
 
-    async def say(self, persona: str, text: str, **fields: Any) -> wire.LineEnd:
-        """Speak one line and wait for its end. Raises `RequestError` if it is not accepted."""
+    async def say(self, persona: str | None, text: str, *, npc: str | None = None, **fields: Any) -> wire.LineEnd:
+        """Speak one line, of a persona or an npc, and wait for its end. Raises `RequestError` if it is not accepted."""
         line = f"l{next(self._ids)}"
-        batch = await self.generate([{"line": line, "persona": persona, "input": {"text": text}, **fields}])
+        speaker = {"persona": persona} if npc is None else {"npc": npc}
+        batch = await self.generate([{"line": line, **speaker, "input": {"text": text}, **fields}])
         ends = [event async for event in batch if isinstance(event, wire.LineEnd)]
         for item in batch.rejected:
             raise RequestError(item.code or "internal", item.message or "", item.hint or "")
         return ends[0]
+
+    async def open_npc(
+        self,
+        npc: str,
+        persona: str,
+        *,
+        npc_vars: Mapping[str, bool | int | float | str] | None = None,
+        history: Sequence[wire.ChatTurn] | None = None,
+    ) -> None:
+        """Bring an NPC to life under the game's own id for it; one that is open keeps its history."""
+        turns = None if history is None else list(history)
+        await self.ask(wire.NpcOpen(npc=npc, persona=persona, vars=dict(npc_vars or {}), history=turns))
+
+    async def close_npc(self, npc: str) -> None:
+        """Forget an NPC and its history."""
+        await self.ask(wire.NpcClose(npc=npc))
+
+    async def history(self, npc: str) -> list[wire.ChatTurn]:
+        """What an NPC remembers."""
+        body = await self.ask(wire.NpcHistory(npc=npc, op="get"))
+        return [wire.ChatTurn.model_validate(turn) for turn in body["messages"]]
+
+    async def snapshot(self, npc: str) -> str:
+        """An NPC as a text for a save game."""
+        return str((await self.ask(wire.NpcSnapshot(npc=npc)))["state"])
+
+    async def restore(self, npc: str, state: str) -> None:
+        """Bring back an NPC as `snapshot` saw it."""
+        await self.ask(wire.NpcRestore(npc=npc, state=state))
+
+    async def configure(self, *, max_tokens_per_s: float | None = None, paused: bool = False) -> dict[str, Any]:
+        """Give the game more of the device, while this connection is open; returns what holds for all."""
+        return await self.ask(wire.Config(max_tokens_per_s=max_tokens_per_s, paused=paused))
 
     async def cancel(self, lines: Sequence[wire.Id]) -> None:
         """Cancel lines; unknown ids are ignored."""
@@ -204,21 +208,32 @@ class Client:
 
     async def personas(self) -> list[wire.PersonaInfo]:
         """List the daemon's personas."""
-        message_id = next(self._ids)
-        body = await self._ask(wire.PersonaList(id=message_id), message_id)
+        body = await self.ask(wire.PersonaList())
         return [wire.PersonaInfo.model_validate(item) for item in body["personas"]]
 
     async def warmup(self, personas: Sequence[str], *, timeout_s: float = WARMUP_TIMEOUT_S) -> list[wire.WarmupItem]:
         """Make personas ready for their first line and wait until all are; each is `ready` or `rejected`."""
-        message_id = next(self._ids)
-        message = wire.Warmup(id=message_id, personas=list(personas))
-        body = await self._ask(message, message_id, timeout_s=timeout_s)
+        body = await self.ask(wire.Warmup(personas=list(personas)), timeout_s=timeout_s)
         return [wire.WarmupItem.model_validate(item) for item in body["personas"]]
 
     async def status(self) -> dict[str, Any]:
         """Ask how the daemon is."""
+        return await self.ask(wire.Status())
+
+    async def ask(self, message: wire.ClientMessage, *, timeout_s: float = ANSWER_TIMEOUT_S) -> dict[str, Any]:
+        """Send a question, whatever its `id`, and wait for the body of the `reply`. Raises `RequestError`."""
         message_id = next(self._ids)
-        return await self._ask(wire.Status(id=message_id), message_id)
+        return await self._ask(message.model_copy(update={"id": message_id}), message_id, timeout_s=timeout_s)
+
+    async def notices(self) -> AsyncIterator[Notice]:
+        """What the daemon sends unasked, until the connection ends; of what nobody took in time the oldest is lost."""
+        while True:
+            while self._notices:
+                yield self._notices.popleft()
+            if self._reader is None or self._reader.done():
+                return
+            self._has_notice.clear()
+            await self._has_notice.wait()
 
     async def send(self, message: wire.ClientMessage) -> None:
         """Send one message. Raises `DisconnectedError`."""
@@ -245,7 +260,9 @@ class Client:
         reason: NpcError = DisconnectedError("The connection was closed.")
         try:
             async for frame in self._socket:
-                await self._dispatch(codec.parse_server(codec.decode(frame, self._subprotocol)))
+                message = codec.parse_server(codec.decode(frame, self._subprotocol))
+                if message is not None:
+                    await self._dispatch(message)
         except ConnectionClosed as error:
             reason = _disconnected(error)
         except NpcError as error:
@@ -256,6 +273,7 @@ class Client:
                     answer.set_exception(reason)
             for batch in self._batches.values():
                 batch.fail(reason)
+            asyncio.get_running_loop().call_soon(self._has_notice.set)  # when this task is over: nothing more comes
 
     async def _dispatch(self, message: wire.ServerMessage) -> None:
         match message:
@@ -265,6 +283,16 @@ class Client:
                 self._take_reply(message)
             case wire.Error():
                 self._fail(message)
+            case wire.Event() | wire.Stats() | wire.Watched():
+                self._notices.append(message)
+                self._has_notice.set()
+            case wire.Welcome():
+                raise ProtocolError("The daemon said welcome twice.")
+            case _:
+                await self._dispatch_line(message)
+
+    async def _dispatch_line(self, message: wire.Delta | wire.LineStart | wire.LineEnd | wire.BatchEnd) -> None:
+        match message:
             case wire.Delta():
                 for delta in message.items:
                     await self._hand(self._line_owners.get(delta.line), delta)
@@ -274,8 +302,6 @@ class Client:
                 await self._hand(self._line_owners.pop(message.line, None), message)
             case wire.BatchEnd():
                 await self._hand(self._batches.pop(message.batch, None), message)
-            case wire.Welcome():
-                raise ProtocolError("The daemon said welcome twice.")
 
     async def _hand(self, batch: Batch | None, event: BatchEvent) -> None:
         """Give a batch its event; one that was given up meanwhile (its `accepted` came too late) gets none."""

@@ -5,7 +5,7 @@ bytes come in, only errors of ours come out.
 """
 
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import msgpack
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
@@ -20,6 +20,8 @@ JSON = "npc.v1.json"
 _CLIENT: TypeAdapter[wire.ClientMessage] = TypeAdapter(Annotated[wire.ClientMessage, Field(discriminator="type")])
 _SERVER: TypeAdapter[wire.ServerMessage] = TypeAdapter(Annotated[wire.ServerMessage, Field(discriminator="type")])
 _CLIENT_TYPES = frozenset(model.model_fields["type"].default for model in wire.CLIENT_MESSAGES)
+_SERVER_TYPES = frozenset(model.model_fields["type"].default for model in wire.SERVER_MESSAGES)
+_EVENTS = frozenset(get_args(wire.Event.model_fields["kind"].annotation))
 
 
 def encode(message: BaseModel, subprotocol: str) -> bytes | str:
@@ -74,15 +76,21 @@ def parse_line(document: Any) -> wire.LineRequest:
         raise _first_problem(error, whole="the line") from error
     if line.format.kind != "text":
         raise FormatUnsupported(f"format.kind '{line.format.kind}' is not served yet.", "Use 'text'.")
-    refused = {"npc": line.npc, "draft": line.draft, "emotions": line.emotions, "actions": line.actions}
+    refused = {"emotions": line.emotions, "actions": line.actions}
     for name, value in refused.items():
         if value:
-            raise UnsupportedError(f"'{name}' is not served yet.", "Name a persona, and leave this field out.")
+            raise UnsupportedError(f"'{name}' is not served yet.", "Leave this field out.")
     return line
 
 
-def parse_server(document: dict[str, Any]) -> wire.ServerMessage:
-    """Check a daemon's message, for clients. Raises `ProtocolError`."""
+def parse_server(document: dict[str, Any]) -> wire.ServerMessage | None:
+    """Check a daemon's message, for clients; None for a type, or a kind of event, that a later daemon may send.
+
+    Raises `ProtocolError`.
+    """
+    kind = document["type"]
+    if kind not in _SERVER_TYPES or (kind == "event" and document.get("kind") not in _EVENTS):
+        return None
     try:
         return _SERVER.validate_python(document)
     except ValidationError as error:

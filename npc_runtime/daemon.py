@@ -16,6 +16,7 @@ import torch
 
 from npc_runtime import __version__
 from npc_runtime.discovery import Endpoint, project_of, remove_endpoint, write_endpoint
+from npc_runtime.door import Door
 from npc_runtime.engine.adapters import AdapterStore
 from npc_runtime.engine.core import EngineConfig
 from npc_runtime.engine.device import choose_threads
@@ -39,7 +40,7 @@ from npc_runtime.persona import Library
 from npc_runtime.protocol import PROTOCOL_VERSION, BaseModelInfo
 from npc_runtime.reload import PersonaWatch
 from npc_runtime.server import NpcServer
-from npc_runtime.session import DaemonInfo
+from npc_runtime.stage import DaemonInfo, Stage
 
 __all__ = ["run_daemon"]
 
@@ -97,28 +98,21 @@ def _load_and_serve(
         adapters = make_store(base.decoder.shape, base.device, config, base.info.folder)
         load_adapters(adapters, library, base.info.name)
         config = fit_gpu(settings, base, adapters, config)
-        server = _make_server(settings, handover, base, library, config)
+        door = Door(token=handover.token, project=_project_of(settings))
+        server = NpcServer(door=door, version=__version__, host=settings.host, port=handover.sock.getsockname()[1])
         # Not on the loop: what takes long must end at once when Ctrl-C asks for it.
         engine = _make_engine(base, adapters, config, server, progress)
-        return asyncio.run(_serve(settings, handover, base, library, server, engine, loaded_at))
+        info = _make_info(base, config)
+        return asyncio.run(_serve(settings, handover, base, info, library, server, engine, loaded_at))
 
 
-def _make_server(
-    settings: Settings, handover: Handover, base: LoadedBase, library: Library, config: EngineConfig
-) -> NpcServer:
+def _make_info(base: LoadedBase, config: EngineConfig) -> DaemonInfo:
     context = min(base.decoder.shape.context, config.kv_tokens)
-    return NpcServer(
-        info=DaemonInfo(
-            version=__version__,
-            device=base.device.name,
-            backend=base.backend,
-            base=BaseModelInfo(name=base.info.name, sha256=base.info.sha256, context=context),
-            token=handover.token,
-        ),
-        library=library,
-        render=lambda messages: base.tokenizer.render(messages).token_ids,
-        host=settings.host,
-        port=handover.sock.getsockname()[1],
+    return DaemonInfo(
+        version=__version__,
+        device=base.device.name,
+        backend=base.backend,
+        base=BaseModelInfo(name=base.info.name, sha256=base.info.sha256, context=context),
     )
 
 
@@ -147,6 +141,7 @@ async def _serve(
     settings: Settings,
     handover: Handover,
     base: LoadedBase,
+    info: DaemonInfo,
     library: Library,
     server: NpcServer,
     engine: Engine,
@@ -155,7 +150,13 @@ async def _serve(
     asked = asyncio.Event()
     restore_signals = _stop_on_signals(asked, server.is_over)
     port = handover.sock.getsockname()[1]
-    await server.start(handover.sock, engine)
+    await server.start(handover.sock)
+    server.open(
+        engine,
+        lambda new_request_id, new_seed: Stage(
+            info, library, lambda messages: base.tokenizer.render(messages).token_ids, new_request_id, new_seed
+        ),
+    )
     endpoint = Endpoint(port, os.getpid(), handover.token, PROTOCOL_VERSION, base.info.name)
     if not handover.replaced_at:  # the first line on stdout is still true, and whoever read it expects no second one
         _announce(endpoint)

@@ -5,7 +5,19 @@ from dataclasses import dataclass
 from npc_runtime import protocol as wire
 from npc_runtime.line import Job
 
-__all__ = ["Close", "Effect", "Send", "SendStatus", "Stop", "Submit"]
+__all__ = [
+    "Close",
+    "Configure",
+    "Effect",
+    "ManagePersona",
+    "Send",
+    "SendStatus",
+    "Shutdown",
+    "Stop",
+    "Submit",
+    "Supersede",
+    "Watch",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +49,41 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Configure:
+    """Note what this connection wishes of the engine's pace, and hand what holds now to `Session.reply`."""
+
+    re: wire.Id | None
+    max_tokens_per_s: float | None
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ManagePersona:
+    """Read or write a persona's file, and hand what came of it to `Session.reply` or `Session.fail`."""
+
+    message: wire.PersonaGet | wire.PersonaPut | wire.PersonaValidate | wire.PersonaDelete
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Begin, or stop, to hand other connections' lines to `Session.on_watched`."""
+
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Supersede:
+    """Take the connection away from this session: another one resumed its cast."""
+
+    session: object
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """End the daemon."""
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     """Close the connection, after everything before it was sent."""
 
@@ -44,4 +91,4 @@ class Close:
     reason: str
 
 
-Effect = Send | SendStatus | Submit | Stop | Close
+Effect = Send | SendStatus | Submit | Stop | Configure | ManagePersona | Watch | Supersede | Shutdown | Close

@@ -51,6 +51,7 @@ __all__ = [
     "StartupError",
     "UnsupportedError",
     "WireError",
+    "find_error",
 ]
 
 
@@ -186,3 +187,8 @@ class DeviceFailed(InternalError):
     """The device failed, and every line of that moment with it; nothing is wrong with the request."""
 
     retryable = True
+
+
+def find_error(code: str) -> type[WireError]:
+    """The class of errors that has this code on the wire."""
+    return next((kind for kind in WireError.__subclasses__() if kind.code == code), InternalError)

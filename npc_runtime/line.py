@@ -11,9 +11,20 @@ from npc_runtime.prompt import Message, Prompt
 from npc_runtime.schema import Sampling
 
 if TYPE_CHECKING:
+    from npc_runtime.cast import Npc
     from npc_runtime.engine.core import Ended, Started
 
-__all__ = ["Job", "Line", "Renderer", "error_info", "line_end", "line_prompt", "line_start", "resolve_sampling"]
+__all__ = [
+    "Job",
+    "Line",
+    "Renderer",
+    "error_info",
+    "line_end",
+    "line_prompt",
+    "line_start",
+    "resolve_sampling",
+    "said_in",
+]
 
 
 class Renderer(Protocol):
@@ -37,6 +48,7 @@ class Job:
     soft_words: int
     priority: int
     deadline_ms: float | None
+    asked: tuple[str, str] | None = None  # the persona, and the player's words: what a replay finds the line by
 
 
 @dataclass(slots=True)
@@ -47,15 +59,23 @@ class Line:
     batch: wire.Id
     job: Job
     persona: Persona
-    prompt_hash: str
+    npc: "Npc | None" = None
+    epoch: int = 0  # of the npc's history when the line was sent
+    prompt_hash: str = ""
+    said: str = ""  # the player's words, as they join the history
     note: str | None = None  # what the prompt had to leave out
+    is_unheard: bool = False  # cancelled, since its client does not read
     seq: int = 0
     pending: str = ""
     has_spoken: bool = False
 
 
-def line_prompt(request: wire.LineRequest, persona: Persona, facts: Mapping[str, Any]) -> Prompt:
-    """What the model is to read for a line, `facts` being the game's. Raises `InvalidError` for a bad text."""
+def line_prompt(
+    request: wire.LineRequest, persona: Persona, *, earlier: Sequence[Message] = (), facts: Mapping[str, Any]
+) -> Prompt:
+    """What the model is to read for a line. `earlier` is the npc's history, unless the line has its own; `facts` are
+    the game's. Raises `InvalidError` for a bad text.
+    """
     if persona.format.kind != "text" and "format" not in request.model_fields_set:
         raise FormatUnsupported(
             f"The format '{persona.format.kind}' of {persona.id} is not served yet.",
@@ -64,23 +84,30 @@ def line_prompt(request: wire.LineRequest, persona: Persona, facts: Mapping[str,
     if (request.input is None) == (request.messages is None):
         raise InvalidError("A line needs either 'input' or 'messages'.", "Send input{text}.")
     if request.input is not None:
-        history: list[Message] = []
+        history, own = list(earlier), []
         text, speaker, field_name = request.input.text, request.input.speaker, "input.text"
     else:
         turns = request.messages or []
         if not turns or turns[-1].role != "user":
             raise InvalidError("'messages' must end with a user turn.", "The last one is what is answered.")
-        history = [{"role": turn.role, "content": turn.content} for turn in turns[:-1]]
+        history = own = [{"role": turn.role, "content": turn.content} for turn in turns[:-1]]
         text, speaker, field_name = turns[-1].content, None, "messages"
     if not text.strip():
         raise InvalidError(f"'{field_name}' is empty.", "Send what the player said.")
-    num_chars = len(text) + sum(len(message["content"]) for message in history)
+    num_chars = len(text) + sum(len(message["content"]) for message in own)
     if num_chars > wire.LIMITS["text_chars"]:
         raise InvalidError(
             f"'{field_name}' has {num_chars} characters.",
             f"The limit is {wire.LIMITS['text_chars']}; shorten it.",
         )
     return persona.prompt(history, text, speaker=speaker, context=request.context, facts=facts)
+
+
+def said_in(request: wire.LineRequest) -> str:
+    """The player's words, as they join a history."""
+    if request.input is not None:
+        return f"{request.input.speaker}: {request.input.text}" if request.input.speaker else request.input.text
+    return request.messages[-1].content if request.messages else ""
 
 
 def resolve_sampling(asked: wire.LineSampling, persona: Persona, new_seed: Callable[[], int]) -> wire.LineSampling:
@@ -108,6 +135,7 @@ def line_start(line: Line, started: "Started") -> wire.LineStart:
     """What is sent when the line gets its first forward pass."""
     return wire.LineStart(
         line=line.request.line,
+        npc=line.request.npc,
         persona=line.persona.id,
         adapter=line.job.adapter,
         seed=line.job.sampling.seed or 0,

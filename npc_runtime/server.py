@@ -1,6 +1,7 @@
-"""The asyncio shell: sockets, the small HTTP pages, origin and host checks, and the one bridge to the engine thread.
+"""The asyncio shell: connections, small HTTP pages, origin and host checks, and the one bridge to the engine thread.
 
-What is decided about messages is decided in `session`; this module performs its effects.
+What is decided about messages is decided in `session`; `connection` performs its effects, here as far as they concern
+more than one connection.
 """
 
 import asyncio
@@ -12,40 +13,44 @@ import secrets
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
-from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 from websockets.typing import Subprotocol
 
-from npc_runtime import codec
 from npc_runtime import protocol as wire
-from npc_runtime.effects import Close, Effect, Send, SendStatus, Stop, Submit
-from npc_runtime.engine.core import Ended, EngineStats, Request, SamplingParams, Spoken, Started, StepOutput
-from npc_runtime.engine.engine import Engine
-from npc_runtime.errors import OverloadError, WireError
-from npc_runtime.line import Job, Renderer
-from npc_runtime.persona import Library
-from npc_runtime.session import DaemonInfo, Session
+from npc_runtime.connection import Connection
+from npc_runtime.door import Door
+from npc_runtime.engine.core import (
+    Ended,
+    EndReason,
+    EngineStats,
+    Event,
+    LineEngine,
+    Request,
+    SamplingParams,
+    StepOutput,
+)
+from npc_runtime.errors import DeviceFailed, OverloadError, WireError
+from npc_runtime.line import Job
+from npc_runtime.recording import Recorder
+from npc_runtime.session import Session
+from npc_runtime.stage import Stage
 
 __all__ = ["NpcServer"]
 
 logger = logging.getLogger(__name__)
 
-HELLO_TIMEOUT_S = 5.0
-SEND_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 0.8
 FLUSH_TIMEOUT_S = 0.5
 REPLACE_TIMEOUT_S = 30.0
+STATS_S = 1.0
 MAX_CONNECTIONS = 16
-MAX_OUTBOX = 2_048  # messages; more than all ends of a full connection
-CONGESTED_OUTBOX = 16  # from here on deltas wait and merge
 SEED_BITS = 53
 
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
@@ -54,26 +59,29 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 class NpcServer:
     """All connections of one engine. `start` binds nothing: the caller hands in a bound socket."""
 
-    def __init__(self, *, info: DaemonInfo, library: Library, render: Renderer, host: str, port: int) -> None:
-        self._info = info
-        self._library = library
-        self._render = render
+    def __init__(self, *, door: Door, version: str, host: str, port: int) -> None:
+        self._door = door
+        self._version = version
         self._host = host
         self._port = port
         self.is_over = asyncio.Event()  # nothing more will be generated
-        self._engine: Engine | None = None
+        self._started_at = time.monotonic()
+        self._engine: LineEngine | None = None
+        self._stage: Stage | None = None
         self._server: Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._stats: asyncio.Task[None] | None = None
+        self.recorder: Recorder | None = None
         self._request_ids = itertools.count(1)
-        self._session_ids = itertools.count(1)
-        self._owners: dict[int, _Connection] = {}
-        self._connections: set[_Connection] = set()
+        self._numbers = itertools.count(1)
+        self._owners: dict[int, Connection] = {}
+        self._connections: set[Connection] = set()
+        self._watchers: set[Connection] = set()
+        self._wishes: dict[Connection, tuple[float | None, bool]] = {}
 
-    async def start(self, sock: socket.socket, engine: Engine) -> None:
-        """Serve on this socket with this engine; `on_step` must be its callback."""
+    async def start(self, sock: socket.socket) -> None:
+        """Take connections on this socket; who says hello is told how the loading goes, until `open`."""
         self._loop = asyncio.get_running_loop()
-        self._engine = engine
-        engine.start()
         self._server = await serve(
             self._handle,
             sock=sock,
@@ -86,16 +94,32 @@ class NpcServer:
             server_header=None,
         )
 
+    def open(self, engine: LineEngine, make_stage: Callable[[Callable[[], int], Callable[[], int]], Stage]) -> None:
+        """Speak lines with this engine, whose callback is `on_step`. `make_stage` gets what makes request ids and
+        seeds.
+        """
+        self._engine = engine
+        self._stage = make_stage(self._request_ids.__next__, lambda: secrets.randbits(SEED_BITS))
+        engine.start()
+        self._stats = asyncio.create_task(self._send_stats())
+        for connection in self._connections:
+            connection.perform(connection.session.on_loaded(self._stage))
+
     async def close(self, reason: str) -> None:
-        """Tell every client that the daemon goes, and stop the engine; both get the same time."""
+        """Tell every client that the daemon goes, let every line end and its end be sent, and stop the engine."""
         assert self._server is not None
-        assert self._engine is not None
-        if self._engine.has_died:
-            await self._flush()
+        refusal = OverloadError("The daemon is stopping.", "Connect again when it is back.")
+        self.broadcast(wire.Event(kind="shutdown", message=reason))
+        for connection in self._connections:
+            connection.perform(connection.session.refuse(refusal, time.monotonic()))
+        if self._stats is not None:
+            self._stats.cancel()
+        if self._engine is not None:
+            stopped = asyncio.ensure_future(asyncio.to_thread(self._engine.close, CLOSE_TIMEOUT_S))
+            await asyncio.wait([stopped], timeout=CLOSE_TIMEOUT_S)
+        await self._flush()
         self._server.close(code=wire.CloseCode.RESTART, reason=reason)
-        closed = asyncio.ensure_future(self._server.wait_closed())
-        stopped = asyncio.ensure_future(asyncio.to_thread(self._engine.close, CLOSE_TIMEOUT_S))
-        await asyncio.wait([closed, stopped], timeout=CLOSE_TIMEOUT_S)
+        await asyncio.wait([asyncio.ensure_future(self._server.wait_closed())], timeout=CLOSE_TIMEOUT_S)
         for connection in self._connections:  # a client that does not read does not answer the close either
             connection.abort()
 
@@ -107,29 +131,40 @@ class NpcServer:
             for task in pending:
                 task.cancel()
 
+    # -- the engine --
+
     def on_step(self, step: StepOutput) -> None:
         """Take a step's outcome from the engine thread to the loop: the one place where the two meet."""
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(self._deliver, step)
-        except RuntimeError:  # the loop is closed: nobody is left to be told
-            logger.debug("a step of the engine came after the loop was closed")
+        self._call_soon(self._deliver, step)
 
     def on_engine_death(self) -> None:
         """Take the end of the engine thread to the loop."""
+        self._call_soon(self.is_over.set)
+
+    def on_loading(self, label: str, progress: float) -> None:
+        """Take how far the loading is, from any thread, to those who wait."""
+        self._call_soon(self._tell_loading, label, progress)
+
+    def _call_soon(self, callback: Callable[..., object], *arguments: object) -> None:
         assert self._loop is not None
-        with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self.is_over.set)
+        try:
+            self._loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:  # the loop is closed: nobody is left to be told
+            logger.debug("%s came after the loop was closed", callback)
+
+    def _tell_loading(self, label: str, progress: float) -> None:
+        for connection in self._connections:
+            connection.perform(connection.session.on_loading(label, progress))
 
     def _deliver(self, step: StepOutput) -> None:
-        events: defaultdict[_Connection, list[Started | Spoken | Ended]] = defaultdict(list)
+        events: defaultdict[Connection, list[Event]] = defaultdict(list)
         for event in step.events:
             owner = self._owners.get(event.request_id)
             if owner is not None:
                 events[owner].append(event)
             if isinstance(event, Ended):
                 self._owners.pop(event.request_id, None)
-        forwards: defaultdict[_Connection, list[wire.Id]] = defaultdict(list)
+        forwards: defaultdict[Connection, list[wire.Id]] = defaultdict(list)
         for group in step.groups:
             owner, batch_id = _split_group(group)
             forwards[owner].append(batch_id)
@@ -140,33 +175,48 @@ class NpcServer:
                 logger.exception("a connection could not take a step's outcome")
                 connection.abort()
 
-    def submit(self, owner: "_Connection", jobs: Iterable[Job]) -> None:
+    def submit(self, owner: Connection, jobs: Iterable[Job]) -> None:
         """Give a connection's lines to the engine as one command."""
         assert self._engine is not None
         requests = [_to_request(job, None if job.batch is None else (owner, job.batch)) for job in jobs]
         self._owners.update((request.id, owner) for request in requests)
-        self._engine.submit(requests)
+        if self._engine.has_died:  # and another process is about to take over
+            error = DeviceFailed("The engine has stopped.", "The daemon restarts; send the line again.")
+            ends = tuple(Ended(request.id, EndReason.ERROR, error=error) for request in requests)
+            self._call_soon(self._deliver, StepOutput(ends))
+        else:
+            self._engine.submit(requests)
 
     def cancel(self, request_ids: Iterable[int]) -> None:
         """Cancel lines in the engine."""
         assert self._engine is not None
         self._engine.cancel(request_ids)
 
+    def configure(self, connection: Connection, max_tokens_per_s: float | None, paused: bool) -> dict[str, Any]:
+        """Note what a connection wishes, and have the engine keep to the strictest wishes of all; returns those."""
+        if max_tokens_per_s is None and not paused:
+            self._wishes.pop(connection, None)
+        else:
+            self._wishes[connection] = max_tokens_per_s, paused
+        return self._apply_wishes()
+
+    def _apply_wishes(self) -> dict[str, Any]:
+        assert self._engine is not None
+        rates = [rate for rate, _ in self._wishes.values() if rate is not None]
+        pace = {"max_tokens_per_s": min(rates, default=None), "paused": any(p for _, p in self._wishes.values())}
+        self._engine.configure(**pace)
+        return pace
+
     async def replace_adapter(self, name: str, parts: list[tuple[Path, float]]) -> None:
         """Have the engine use new files of an adapter from the next line on. Raises `WireError`: they are not used."""
         assert self._engine is not None
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[WireError | None] = loop.create_future()
+        answer: asyncio.Future[WireError | None] = asyncio.get_running_loop().create_future()
 
         def finish(error: WireError | None) -> None:
             if not answer.done():
                 answer.set_result(error)
 
-        def on_done(error: WireError | None) -> None:
-            with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(finish, error)
-
-        self._engine.replace_adapter(name, parts, on_done)
+        self._engine.replace_adapter(name, parts, lambda error: self._call_soon(finish, error))
         try:
             async with asyncio.timeout(REPLACE_TIMEOUT_S):
                 error = await answer
@@ -175,14 +225,42 @@ class NpcServer:
         if error is not None:
             raise error
 
+    # -- what concerns several connections --
+
+    def broadcast(self, event: wire.Event) -> None:
+        """Tell every client."""
+        for connection in self._connections:
+            connection.perform(connection.session.on_event(event))
+
     def announce(self, persona_id: str) -> None:
         """Tell every client that a persona's files were saved."""
         for connection in self._connections:
-            connection.announce(persona_id)
+            connection.perform(connection.session.on_persona_changed(persona_id))
+
+    def watch(self, connection: Connection, on: bool) -> None:
+        """Begin, or stop, to let a connection hear what others' lines say."""
+        (self._watchers.add if on else self._watchers.discard)(connection)
+
+    def on_said(self, session: Session, message: wire.LineStart | wire.Delta | wire.LineEnd) -> None:
+        """A session told its client about a line; those who watch hear it too."""
+        for watcher in self._watchers:
+            if watcher.session is not session:
+                watcher.watched(session, message)
+
+    def supersede(self, session: object) -> None:
+        """Close the connection of this session, whose cast another one has resumed."""
+        for connection in self._connections:
+            if connection.session is session:
+                connection.perform(connection.session.supersede(time.monotonic()))
+
+    def manage_persona(self, connection: Connection, message: wire.ClientMessage) -> None:
+        """Read or write a persona's file."""
+        raise NotImplementedError
 
     def status(self) -> dict[str, Any]:
-        """The body of `reply` to `status`."""
+        """The fields of `stats`, and the body of `reply` to `status`."""
         assert self._engine is not None
+        assert self._stage is not None
         stats: EngineStats = self._engine.stats()
         return {
             "active": stats.num_running,
@@ -194,30 +272,37 @@ class NpcServer:
             "kv_cached": stats.kv_blocks_cached / stats.kv_blocks_total,
             "preempted": stats.num_preempted,
             "adapters": list(stats.adapters_resident),
-            "personas": len(self._library),
+            "personas": len(self._stage.library),
             "connections": len(self._connections),
+            "uptime_s": round(time.monotonic() - self._started_at, 1),
         }
+
+    async def _send_stats(self) -> None:
+        while True:
+            await asyncio.sleep(STATS_S)
+            asking = [connection for connection in self._connections if connection.session.wants_stats]
+            if asking:
+                event = wire.Stats(**self.status())
+                for connection in asking:
+                    connection.perform(connection.session.on_stats(event))
+
+    # -- sockets --
 
     async def _handle(self, socket_: ServerConnection) -> None:
         refusal = self._refusal(socket_)
         if refusal is not None:
             await socket_.close(*refusal)
             return
-        session = Session(
-            name=f"s{next(self._session_ids)}",
-            subprotocol=str(socket_.subprotocol),
-            info=self._info,
-            library=self._library,
-            render=self._render,
-            new_request_id=self._request_ids.__next__,
-            new_seed=lambda: secrets.randbits(SEED_BITS),
-        )
-        connection = _Connection(socket_, session, self)
+        session = Session(subprotocol=str(socket_.subprotocol), door=self._door, stage=self._stage)
+        connection = Connection(next(self._numbers), socket_, session, self)
         self._connections.add(connection)
         try:
             await connection.run()
         finally:
             self._connections.discard(connection)
+            self._watchers.discard(connection)
+            if self._wishes.pop(connection, None) is not None:
+                self._apply_wishes()
 
     def _refusal(self, socket_: ServerConnection) -> tuple[int, str] | None:
         """Why this connection is closed at once. After accepting, since browsers and Mono see no other reason."""
@@ -243,145 +328,20 @@ class NpcServer:
         if request.path == "/healthz":
             return self._health()
         if request.path == "/":
-            text = f"npc-runtime {self._info.version} is running. A game connects to ws://HOST/v1; see PROTOCOL.md.\n"
+            text = f"npc-runtime {self._version} is running. A game connects to ws://HOST/v1; see PROTOCOL.md.\n"
             return _respond(http.HTTPStatus.OK, "text/plain", text)
         return _respond(http.HTTPStatus.NOT_FOUND, "text/plain", "There is no such page.\n")
 
     def _health(self) -> Response:
-        is_well = self._engine is not None and not self._engine.has_died
-        body = json.dumps({"status": "ok" if is_well else "the engine thread died", **self.status()})
-        status = http.HTTPStatus.OK if is_well else http.HTTPStatus.SERVICE_UNAVAILABLE
-        return _respond(status, "application/json", body)
+        if self._engine is None:
+            body = {"status": "loading"}
+        else:
+            body = {"status": "the engine thread died" if self._engine.has_died else "ok", **self.status()}
+        status = http.HTTPStatus.OK if body["status"] == "ok" else http.HTTPStatus.SERVICE_UNAVAILABLE
+        return _respond(status, "application/json", json.dumps(body))
 
     def _names(self) -> set[str]:
         return {f"{name}:{self._port}" for name in (*LOOPBACK_NAMES, self._host)}
-
-
-class _Connection:
-    """One socket: reads frames, performs effects, writes from a bounded outbox."""
-
-    def __init__(self, socket_: ServerConnection, session: Session, server: NpcServer) -> None:
-        self._socket = socket_
-        self._session = session
-        self._server = server
-        self._outbox: asyncio.Queue[wire.ServerMessage | Close] = asyncio.Queue(MAX_OUTBOX)
-        self._timer: asyncio.TimerHandle | None = None
-
-    async def run(self) -> None:
-        """Serve until either side closes; then cancel what runs."""
-        writer = asyncio.create_task(self._write())
-        reader = asyncio.create_task(self._read())
-        try:
-            await asyncio.wait([writer, reader], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._perform(self._session.disconnect())
-            if self._timer is not None:
-                self._timer.cancel()
-            for task in (reader, writer):
-                task.cancel()
-            for outcome in await asyncio.gather(reader, writer, return_exceptions=True):
-                if isinstance(outcome, Exception) and not isinstance(outcome, ConnectionClosed):
-                    logger.error("%s failed", self._session.name, exc_info=outcome)
-            logger.info("%s closed (%s)", self._session.name, self._socket.close_code)
-
-    def on_step(self, events: Iterable[Started | Spoken | Ended], forwards: Iterable[wire.Id]) -> None:
-        """Hand a step's events to the session and perform what it answers."""
-        now = time.monotonic()
-        session = self._session
-        session.on_forward(forwards)
-        effects: list[Effect] = []
-        for event in events:
-            match event:
-                case Started():
-                    effects += session.on_started(event)
-                case Spoken():
-                    effects += session.on_spoken(event)
-                case Ended():
-                    effects += session.on_ended(event, now)
-        self._perform([*effects, *session.after_step(now)])
-        self._plan_tick(now)
-
-    def announce(self, persona_id: str) -> None:
-        """Have the session tell its client that a persona's files were saved."""
-        self._perform(self._session.announce(persona_id))
-
-    async def flushed(self) -> None:
-        """Wait until everything in the outbox was sent."""
-        await self._outbox.join()
-
-    def abort(self) -> None:
-        """Drop the socket without a close handshake."""
-        self._socket.transport.abort()
-
-    async def _read(self) -> None:
-        try:
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
-                self._take(await self._socket.recv())
-        except TimeoutError:
-            reason = f"no hello within {HELLO_TIMEOUT_S:.0f} s"
-            await self._socket.close(wire.CloseCode.HELLO_TIMEOUT, reason)
-            return
-        except ConnectionClosed:
-            return
-        async for frame in self._socket:
-            self._take(frame)
-
-    def _take(self, frame: bytes | str) -> None:
-        was_open = self._session.is_open
-        self._perform(self._session.receive(frame, time.monotonic()))
-        if self._session.is_open and not was_open:
-            logger.info("%s opened (%s)", self._session.name, self._session.subprotocol)
-
-    async def _write(self) -> None:
-        try:
-            while True:
-                message = await self._outbox.get()
-                if isinstance(message, Close):
-                    await self._socket.close(message.code, message.reason)
-                    return
-                async with asyncio.timeout(SEND_TIMEOUT_S):
-                    await self._socket.send(codec.encode(message, self._session.subprotocol))
-                self._outbox.task_done()
-                self._session.is_congested = self._outbox.qsize() > CONGESTED_OUTBOX
-                self._plan_tick(time.monotonic())
-        except TimeoutError:
-            logger.warning("%s did not read for %.0f s; dropped", self._session.name, SEND_TIMEOUT_S)
-            self.abort()
-        except ConnectionClosed:
-            return
-
-    def _perform(self, effects: Iterable[Effect]) -> None:
-        for effect in effects:
-            match effect:
-                case Send(message):
-                    self._enqueue(message)
-                case Close():
-                    self._enqueue(effect)
-                case SendStatus(re):
-                    self._perform(self._session.reply(re, self._server.status()))
-                case Submit(jobs):
-                    self._server.submit(self, jobs)
-                case Stop(request_ids):
-                    self._server.cancel(request_ids)
-        self._session.is_congested = self._outbox.qsize() > CONGESTED_OUTBOX
-
-    def _enqueue(self, message: wire.ServerMessage | Close) -> None:
-        try:
-            self._outbox.put_nowait(message)
-        except asyncio.QueueFull:
-            logger.warning("%s reads too slowly; dropped", self._session.name)
-            self.abort()
-
-    def _plan_tick(self, now: float) -> None:
-        due = self._session.next_tick
-        if due is not None and self._timer is None and not self._session.is_congested:
-            self._timer = asyncio.get_running_loop().call_later(max(due - now, 0.0), self._on_timer)
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        now = time.monotonic()
-        self._perform(self._session.tick(now))
-        self._plan_tick(now)
 
 
 def _select_subprotocol(_: ServerConnection, offered: Iterable[Subprotocol]) -> Subprotocol | None:
@@ -415,12 +375,13 @@ def _to_request(job: Job, group: Hashable) -> Request:
         arrival=job.arrival,
         adapter=job.adapter,
         group=group,
+        asked=job.asked,
         priority=job.priority,
         deadline=None if job.deadline_ms is None else job.arrival + job.deadline_ms / 1000,
         is_warmup=job.batch is None,
     )
 
 
-def _split_group(group: Hashable) -> tuple[_Connection, wire.Id]:
+def _split_group(group: Hashable) -> tuple[Connection, wire.Id]:
     assert isinstance(group, tuple)
     return group[0], group[1]

@@ -14,6 +14,7 @@ class Game:
     def __init__(self, socket_, subprotocol):
         self.socket = socket_
         self.is_json = subprotocol == "npc.v1.json"
+        self.max_frame = 32 * 1024
 
     async def send(self, **message):
         await self.socket.send(json.dumps(message) if self.is_json else msgpack.packb(message))
@@ -21,7 +22,7 @@ class Game:
     async def receive(self):
         frame = await asyncio.wait_for(self.socket.recv(), 30_000 * MS)
         assert isinstance(frame, str) == self.is_json
-        assert len(frame if isinstance(frame, bytes) else frame.encode()) <= 32 * 1024
+        assert len(frame if isinstance(frame, bytes) else frame.encode()) <= self.max_frame
         return json.loads(frame) if self.is_json else msgpack.unpackb(frame)
 
     async def until(self, kind):

@@ -72,7 +72,7 @@ async def test_bad_lines_are_named_and_the_others_finish(daemon):
         "empty": (line("empty", text=" \n"), "invalid"),
         "long": (line("long", text="a" * 8_001), "invalid"),
         "option": (line("option", sampling={"temprature": 1}), "invalid"),
-        "npc": ({"line": "npc", "npc": "odo_1", "input": {"text": "Hi."}}, "unsupported"),
+        "npc": ({"line": "npc", "npc": "odo_1", "input": {"text": "Hi."}}, "npc_unknown"),
         "format": (line("format", format={"kind": "regex", "value": "a"}), "format_unsupported"),
     }
     async with play(daemon) as game:
@@ -269,7 +269,7 @@ async def test_vanishing_clients_leave_nothing_behind(daemon):
 
 
 async def test_a_batch_that_nobody_reads_does_not_hold_up_the_clients_end(daemon, monkeypatch):
-    monkeypatch.setattr("npc_runtime.client.MAX_BATCH_EVENTS", 2)
+    monkeypatch.setattr("npc_runtime.batch.MAX_BATCH_EVENTS", 2)
     async with asyncio.timeout(5_000 * MS):
         async with await Client.connect(daemon.url, token=daemon.token) as client:
             await client.generate([line(n) for n in range(8)])

@@ -34,8 +34,10 @@ async def stop_while_speaking(daemon, number):
         await game.until("line.start")
         started = time.monotonic()
         daemon.process.send_signal(number)
+        ends = [message for message in await game.until("batch.end") if message["type"] == "line.end"]
+        assert [end["reason"] for end in ends] == ["cancelled"] * 4
         with pytest.raises(ConnectionClosed) as caught:
-            await game.until("batch.end")
+            await game.receive()
         assert caught.value.rcvd.code == 1012
         assert await asyncio.to_thread(daemon.process.wait, 10_000 * MS) == 0
         assert time.monotonic() - started < 2.0

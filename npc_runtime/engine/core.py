@@ -1,10 +1,11 @@
 """The data that flows through the engine: requests, sequences, events and the configuration. No torch."""
 
 from array import array
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Protocol
 
 from npc_runtime.errors import WireError
 
@@ -18,6 +19,7 @@ __all__ = [
     "EngineConfig",
     "EngineStats",
     "Event",
+    "LineEngine",
     "MemoryBytes",
     "News",
     "Request",
@@ -104,6 +106,7 @@ class Request:
     cache_key: str = ""  # the adapter's content; equal prefixes are shared only under the same key
     group: Hashable = None
     client: Hashable = None  # whose line it is: a connection
+    asked: tuple[str, str] | None = None  # the persona and the player's words; engines that compute do not look at it
     priority: int = 5
     deadline: float | None = None  # seconds, the engine's clock
     is_warmup: bool = False
@@ -259,9 +262,9 @@ class StepOutput:
 class MemoryBytes:
     """What the engine holds. On a CPU all of it is main memory, on a GPU all but the copies is the GPU's."""
 
-    kv_cache: int
-    adapter_pool: int  # pages on the device, used or not
-    adapter_copies: int  # of adapters, in main memory
+    kv_cache: int = 0
+    adapter_pool: int = 0  # pages on the device, used or not
+    adapter_copies: int = 0  # of adapters, in main memory
     gpu: int | None = None  # that torch has taken for everything, the base included; None: there is no GPU
 
 
@@ -279,6 +282,45 @@ class EngineStats:
     kv_blocks_cached: int  # holding a known prefix, in use or not
     num_preempted: int  # since start
     adapters_resident: tuple[str, ...]
-    paused: bool
-    max_tokens_per_s: float | None
-    memory: MemoryBytes
+    paused: bool = False
+    max_tokens_per_s: float | None = None
+    memory: MemoryBytes = MemoryBytes()
+
+
+class LineEngine(Protocol):
+    """What speaks lines: the engine, or a recording that is played in its place."""
+
+    @property
+    def has_died(self) -> bool:
+        """Whether nothing is generated any more, though nobody closed it."""
+        ...
+
+    def start(self) -> None:
+        """Begin."""
+        ...
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queue lines that belong together."""
+        ...
+
+    def cancel(self, ids: Iterable[int]) -> None:
+        """End these lines; ids that are over already are ignored."""
+        ...
+
+    def configure(self, *, max_tokens_per_s: float | None, paused: bool) -> None:
+        """Keep to a pace, or stand still."""
+        ...
+
+    def replace_adapter(
+        self, name: str, parts: Iterable[tuple[Path, float]], on_done: Callable[[WireError | None], None]
+    ) -> None:
+        """Put new files of an adapter in use, for lines that have not begun."""
+        ...
+
+    def close(self, timeout_s: float) -> None:
+        """End every line as cancelled, and stop."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """A snapshot, from any thread."""
+        ...

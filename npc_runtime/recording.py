@@ -1,0 +1,236 @@
+"""What was said over a daemon's connections, with times: written while it happens, read to be played back.
+
+One JSON document a line. The first says what it is and what `welcome` said of the daemon; every other is a message:
+
+    {"recording": 1, "info": {"version": …, "device": …, "backend": …, "base": {…}}}
+    {"at": 3.207, "connection": 1, "from": "client", "message": {"type": "generate", …}}
+    {"at": 3.371, "connection": 1, "from": "daemon", "message": {"type": "line.start", …}}
+
+`at` is seconds since the recording began. Tokens are never written.
+"""
+
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from pydantic import BaseModel, ValidationError
+
+from npc_runtime import protocol as wire
+from npc_runtime.errors import StartupError
+from npc_runtime.line import said_in
+from npc_runtime.stage import DaemonInfo
+
+__all__ = ["Piece", "Recorder", "Recording", "Take"]
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+MAX_BYTES = 1 << 28
+MAX_LINE = 8 << 20
+
+NOT_KEPT = ("stats", "watched")
+"""Said once a second, or said already to somebody else."""
+
+
+class Recorder:
+    """Writes a recording. What cannot be written any more is said once in the log; the daemon goes on."""
+
+    def __init__(self, file: TextIO, info: DaemonInfo, clock: Callable[[], float] = time.monotonic) -> None:
+        self._file: TextIO | None = file
+        self._clock = clock
+        self._began_at = clock()
+        self._num_bytes = 0
+        self._write({"recording": VERSION, "info": _describe(info)})
+
+    @classmethod
+    def open(cls, path: Path, info: DaemonInfo) -> "Recorder":
+        """Begin a recording in a new file. Raises `StartupError`; a recording that is there is never written over."""
+        try:
+            return cls(path.open("x", encoding="utf-8"), info)
+        except FileExistsError as error:
+            raise StartupError(f"--record {path}: the file is there already.", "Name another, or remove it.") from error
+        except OSError as error:
+            raise StartupError(
+                f"--record {path}: {error.strerror or error}.", "Name a file that can be made."
+            ) from error
+
+    def add(self, connection: int, sender: str, message: dict[str, Any]) -> None:
+        """Keep a message; `sender` is client or daemon."""
+        if self._file is None or message.get("type") in NOT_KEPT:
+            return
+        if message.get("type") == "hello":
+            message = {name: value for name, value in message.items() if name not in ("token", "resume")}
+        if message.get("type") == "welcome":
+            message = {name: value for name, value in message.items() if name != "session"}
+        at = round(self._clock() - self._began_at, 4)
+        self._write({"at": at, "connection": connection, "from": sender, "message": message})
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, document: dict[str, Any]) -> None:
+        assert self._file is not None
+        text = json.dumps(document, ensure_ascii=False, separators=(",", ":")) + "\n"
+        self._num_bytes += len(text.encode(errors="replace"))
+        try:
+            if self._num_bytes > MAX_BYTES:
+                raise OSError(f"it would be larger than {MAX_BYTES >> 20} MiB")
+            self._file.write(text)
+            self._file.flush()
+        except (OSError, ValueError) as error:
+            logger.error("the recording ends here: %s", error)
+            file, self._file = self._file, None
+            file.close()
+
+
+class Piece(NamedTuple):
+    """Something that a line said: text, and when, in seconds after the line was sent."""
+
+    at: float
+    text: str
+
+
+@dataclass(slots=True)
+class Take:
+    """One line as it was recorded."""
+
+    persona: str
+    said: str  # what the player said, as it joins a history
+    sent_at: float
+    started_at: float | None = None
+    pieces: list[Piece] = field(default_factory=list)
+    end: wire.LineEnd | None = None
+    ended_at: float = 0.0
+
+
+class Recording:
+    """A recording that is read: who it was of, and its lines by what was asked."""
+
+    def __init__(self, info: DaemonInfo, takes: list[Take]) -> None:
+        self.info = info
+        self._takes: defaultdict[tuple[str, str], list[Take]] = defaultdict(list)
+        for take in takes:
+            self._takes[take.persona, take.said].append(take)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._takes.values()))
+
+    def find(self, persona: str, said: str, number: int) -> Take | None:
+        """The line that answered this for the `number`-th time, from 0; where there were fewer, the last one."""
+        takes = self._takes.get((persona, said))
+        return None if not takes else takes[min(number, len(takes) - 1)]
+
+    @classmethod
+    def load(cls, path: Path) -> "Recording":
+        """Read a recording. Raises `StartupError` naming the line that is wrong; a last one that is cut off is not."""
+        try:
+            with path.open(encoding="utf-8") as file:
+                documents = list(_read_lines(path, file))
+        except (OSError, UnicodeDecodeError) as error:
+            raise StartupError(f"--replay {path}: {error}.", "Name a file that serve --record wrote.") from error
+        if not documents:
+            raise StartupError(f"--replay {path}: the file is empty.", "Name a file that serve --record wrote.")
+        info = _read_info(path, documents[0])
+        reader = _Reader()
+        for number, document in enumerate(documents[1:], 2):
+            try:
+                reader.take(document)
+            except (ValidationError, KeyError, TypeError, ValueError) as error:
+                raise _wrong(path, number) from error
+        return cls(info, reader.finished)
+
+
+class _Reader:
+    """Puts the messages about a line together; ids are a connection's own, and may be used again."""
+
+    def __init__(self) -> None:
+        self.finished: list[Take] = []
+        self._takes: dict[tuple[int, wire.Id], Take] = {}
+        self._personas: dict[tuple[int, str], str] = {}  # of NPCs
+
+    def take(self, document: dict[str, Any]) -> None:
+        """Read one message."""
+        connection, at, message = int(document["connection"]), float(document["at"]), document["message"]
+        kind = message["type"]
+        if document["from"] == "client":
+            if kind == "generate":
+                self._on_generate(connection, at, message)
+            elif kind == "npc.open":
+                self._personas[connection, message["npc"]] = message["persona"]
+        elif kind == "line.start":
+            take = self._takes.get((connection, message["line"]))
+            if take is not None:
+                take.started_at, take.persona = at - take.sent_at, message["persona"]
+        elif kind == "delta":
+            for item in message["items"]:
+                take = self._takes.get((connection, item["line"]))
+                if take is not None:
+                    take.pieces.append(Piece(at - take.sent_at, str(item["text"])))
+        elif kind == "line.end":
+            self._on_end(connection, at, message)
+
+    def _on_generate(self, connection: int, at: float, message: dict[str, Any]) -> None:
+        for document in message["lines"]:
+            try:
+                request = wire.LineRequest.model_validate(document)
+            except ValidationError:
+                continue  # it was rejected
+            persona = request.persona or self._personas.get((connection, request.npc or ""), "")
+            self._takes[connection, request.line] = Take(persona, said_in(request), at)
+
+    def _on_end(self, connection: int, at: float, message: dict[str, Any]) -> None:
+        take = self._takes.pop((connection, message["line"]), None)
+        if take is not None and message["reason"] != "cancelled":  # which only a client can do again
+            take.end, take.ended_at = wire.LineEnd.model_validate(message), at - take.sent_at
+            self.finished.append(take)
+
+
+def _read_lines(path: Path, file: TextIO) -> Iterator[dict[str, Any]]:
+    number = 0
+    while text := file.readline(MAX_LINE):
+        number += 1
+        try:
+            document = json.loads(text)
+            if not isinstance(document, dict):
+                raise ValueError
+        except (ValueError, RecursionError) as error:
+            if not text.endswith("\n") and len(text) < MAX_LINE:
+                return  # the daemon was killed while it wrote
+            raise _wrong(path, number) from error
+        yield document
+
+
+def _read_info(path: Path, document: dict[str, Any]) -> DaemonInfo:
+    version = document.get("recording")
+    if type(version) is int and version > VERSION:
+        raise StartupError(f"--replay {path}: version {version} is newer than this program reads.", "Update it.")
+    try:
+        if version != VERSION:
+            raise ValueError("version")
+        info = document["info"]
+        base = wire.BaseModelInfo.model_validate(info["base"])
+        return DaemonInfo(str(info["version"]), str(info["device"]), str(info["backend"]), base)
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
+        raise _wrong(path, 1) from error
+
+
+def _wrong(path: Path, number: int) -> StartupError:
+    return StartupError(f"--replay {path}, line {number}: this is not of a recording.", "Record the session again.")
+
+
+def _describe(info: DaemonInfo) -> dict[str, Any]:
+    base: BaseModel = info.base
+    return {
+        "version": info.version,
+        "device": info.device,
+        "backend": info.backend,
+        "base": base.model_dump(mode="json"),
+    }

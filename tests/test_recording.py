@@ -1,0 +1,176 @@
+"""Recordings: what is written, what is read, and how what is wrong with a file is said."""
+
+import io
+import json
+
+import pytest
+
+from npc_runtime import protocol as wire
+from npc_runtime.errors import StartupError
+from npc_runtime.line import said_in
+from npc_runtime.recording import Recorder, Recording
+from npc_runtime.stage import DaemonInfo
+
+INFO = DaemonInfo("1", "cpu", "torch", wire.BaseModelInfo(name="m", sha256="ab", context=2048))
+END = wire.LineEnd(
+    line=1,
+    reason="stop",
+    text="Aye, lad.",
+    usage=wire.Usage(prompt=9, completion=4),
+    timing=wire.Timing(queue_ms=1.0, ttft_ms=20.0, total_ms=90.0, tokens_per_s=44.0, batch_avg=2.0),
+    seed=7,
+    prompt_hash="0",
+)
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+class Kept(io.StringIO):
+    """A file whose text outlives it."""
+
+    text = ""
+
+    def flush(self):
+        self.text = self.getvalue()
+
+
+def make_recorder():
+    file, clock = Kept(), Clock()
+    return Recorder(file, INFO, clock), file, clock
+
+
+def say(recorder, clock, *, connection=1, line=1, speaker=None, text="Hi", end=END, pieces=("Aye, ", "lad.")):
+    """A line from its request to its end, a tenth of a second between all."""
+    document = {"line": line, "persona": "odo", "input": {"text": text}, **(speaker or {})}
+    recorder.add(connection, "client", {"type": "generate", "batch": 1, "lines": [document, {"line": "bad"}]})
+    messages = [wire.LineStart(line=line, persona="odo", seed=7, queue_ms=1.0, batch_size=2)]
+    messages += [wire.Delta(items=[wire.DeltaItem(line=line, seq=n, text=piece)]) for n, piece in enumerate(pieces)]
+    for message in [*messages, end.model_copy(update={"line": line})]:
+        clock.now += 0.1
+        recorder.add(connection, "daemon", message.model_dump(mode="json", exclude_none=True))
+
+
+def load(tmp_path, text):
+    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8")
+    return Recording.load(tmp_path / "a.jsonl")
+
+
+def test_a_line_is_read_as_it_was_spoken(tmp_path):
+    recorder, file, clock = make_recorder()
+    clock.now += 3
+    say(recorder, clock)
+    recording = load(tmp_path, file.text)
+    assert (recording.info, len(recording)) == (INFO, 1)
+    take = recording.find("odo", "Hi", 0)
+    assert (take.started_at, take.ended_at) == (pytest.approx(0.1), pytest.approx(0.4))
+    assert [(pytest.approx(piece.at), piece.text) for piece in take.pieces] == [(0.2, "Aye, "), (0.3, "lad.")]
+    assert take.end == END
+    assert recording.find("odo", "Hello", 0) is recording.find("brom", "Hi", 0) is None
+
+
+def test_the_second_time_the_second_answer(tmp_path):
+    recorder, file, clock = make_recorder()
+    for text in ("One.", "Two."):
+        say(recorder, clock, end=END.model_copy(update={"text": text}), connection=len(text))
+    recording = load(tmp_path, file.text)
+    assert [recording.find("odo", "Hi", number).end.text for number in range(4)] == ["One.", "Two.", "Two.", "Two."]
+
+
+def test_npcs_are_found_by_their_persona_and_speakers_by_their_words(tmp_path):
+    recorder, file, clock = make_recorder()
+    recorder.add(1, "client", {"type": "npc.open", "npc": "n", "persona": "odo"})
+    request = {"npc": "n", "persona": None, "input": {"speaker": "Mira", "text": "Hi"}}
+    say(recorder, clock, speaker=request)
+    assert load(tmp_path, file.text).find("odo", "Mira: Hi", 0) is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"input": {"text": "Hi"}}, "Hi"),
+        ({"input": {"text": "Hi", "speaker": "Mira"}}, "Mira: Hi"),
+        ({"messages": [{"role": "user", "content": "A"}]}, "A"),
+        ({}, ""),
+    ],
+)
+def test_what_a_line_is_found_by(fields, said):
+    assert said_in(wire.LineRequest(line=1, **fields)) == said
+
+
+@pytest.mark.parametrize(("reason", "kept"), [("cancelled", 0), ("error", 1), ("deadline", 1), ("length", 1)])
+def test_a_cancelled_line_is_no_answer(tmp_path, reason, kept):
+    recorder, file, clock = make_recorder()
+    say(recorder, clock, end=END.model_copy(update={"reason": reason}))
+    assert len(load(tmp_path, file.text)) == kept
+
+
+def test_no_secret_is_written():
+    recorder, file, _ = make_recorder()
+    recorder.add(1, "client", {"type": "hello", "protocol": 1, "token": "s3cret", "resume": "abcdef"})
+    recorder.add(1, "daemon", {"type": "welcome", "session": "abcdef", "protocol": 1})
+    recorder.add(1, "daemon", {"type": "stats", "active": 1})
+    assert len(file.text.splitlines()) == 3
+    assert "s3cret" not in file.text
+    assert "abcdef" not in file.text
+
+
+def test_a_recording_is_bounded_and_a_full_disk_ends_it(caplog, monkeypatch):
+    monkeypatch.setattr("npc_runtime.recording.MAX_BYTES", 400)
+    recorder, file, _ = make_recorder()
+    for number in range(20):
+        recorder.add(1, "client", {"type": "bye", "id": number})
+    assert 0 < len(file.text) <= 400
+    assert [record.message for record in caplog.records] == ["the recording ends here: it would be larger than 0 MiB"]
+    recorder.close()
+
+
+def test_a_recording_that_is_there_is_not_written_over(tmp_path):
+    Recorder.open(tmp_path / "a", INFO).close()
+    for path, what in ((tmp_path / "a", "there already"), (tmp_path / "no" / "a", "No such file")):
+        with pytest.raises(StartupError, match=what):
+            Recorder.open(path, INFO)
+
+
+GOOD = json.dumps(
+    {"recording": 1, "info": {"version": "1", "device": "c", "backend": "t", "base": INFO.base.model_dump()}}
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "empty"),
+        ("{}\n", "line 1"),
+        ("[]\n", "line 1"),
+        ('{"recording": 2}\n', "version 2 is newer"),
+        (GOOD + "\n{\n", "line 2"),
+        (GOOD + "\n{}\n", "line 2"),
+        (GOOD + '\n{"at": 1, "connection": 1, "from": "client", "message": {"type": "generate"}}\n', "line 2"),
+        (
+            GOOD + '\n{"at": 1, "connection": 1, "from": "daemon", "message": {"type": "line.start", "line": []}}\n',
+            "line 2",
+        ),
+        ("[" * 100_000 + "\n", "line 1"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, text, what):
+    with pytest.raises(StartupError, match=what):
+        load(tmp_path, text)
+
+
+def test_what_is_no_text_or_not_there_is_said(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xff\xfe\x00")
+    for name in ("a", "b"):
+        with pytest.raises(StartupError, match="--replay"):
+            Recording.load(tmp_path / name)
+
+
+def test_a_last_line_that_was_cut_off_is_left_out(tmp_path):
+    recorder, file, clock = make_recorder()
+    say(recorder, clock)
+    assert len(load(tmp_path, file.text + '{"at": 1, "conn')) == 1
