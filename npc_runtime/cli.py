@@ -17,7 +17,7 @@ import typer
 
 from npc_runtime import __version__
 from npc_runtime.adapter_commands import adapter_app
-from npc_runtime.engine.embedded import EMBEDDED_BASE, ensure_embedded_base
+from npc_runtime.engine.embedded import EMBEDDED_BASE
 from npc_runtime.errors import EngineDied, NpcError
 from npc_runtime.options import AsJson, Base, Personas, default_personas, prepare_process
 from npc_runtime.persona_commands import persona_app
@@ -176,13 +176,13 @@ def demo(
 
     from npc_runtime.console import progress_bars, stderr
     from npc_runtime.demo import SHOUT, default_serve_options, play, show
+    from npc_runtime.engine.bases import resolve_base
     from npc_runtime.persona import shipped_personas
 
     prepare_process()
     chatter = stderr()
-    if base == EMBEDDED_BASE:
-        with progress_bars(chatter) as report:
-            ensure_embedded_base(report)
+    with progress_bars(chatter) as report:
+        resolve_base(base, report)  # here, where its bar is seen, and not while the daemon is waited for
     options = default_serve_options(
         base=base, personas=personas or shipped_personas(), dtype=dtype.value, threads=threads
     )
@@ -245,9 +245,10 @@ def quantize_base(
 ) -> None:
     """Make 4 bits of a base ahead of time; prints what that saves and how far the weights moved."""
     from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.engine.bases import resolve_base
     from npc_runtime.engine.device import choose_device
     from npc_runtime.engine.quantized import write_quantized
-    from npc_runtime.engine.weights import describe_base, read_config, resolve_base
+    from npc_runtime.engine.weights import describe_base, read_config
 
     prepare_process()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -282,7 +283,7 @@ def train(
 ) -> None:
     """Train a persona's adapter, the epoch with the lowest held-out loss; a run that was stopped goes on."""
     from npc_runtime.console import progress_bars, stderr, step_bar
-    from npc_runtime.engine.weights import resolve_base
+    from npc_runtime.engine.bases import base_name, resolve_base
     from npc_runtime.persona import Persona
     from npc_runtime.train import Recipe, train_persona
 
@@ -296,7 +297,7 @@ def train(
         results = train_persona(
             persona,
             path,
-            base_name=base if base == EMBEDDED_BASE else path.resolve().name,
+            base_name=base_name(base, path),
             recipe=Recipe(rank=rank, epochs=epochs, learning_rate=learning_rate, seed=seed),
             out=target,
             restart=restart,

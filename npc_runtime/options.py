@@ -9,9 +9,17 @@ from typing import Annotated
 
 import typer
 
+from npc_runtime.engine.hub import stay_offline
+
 __all__ = ["AsJson", "Base", "Personas", "default_personas", "prepare_process"]
 
-Base = Annotated[str, typer.Option(help="The embedded base's name, or a model folder.", metavar="NAME|PATH")]
+Base = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|PATH|ORG/NAME",
+        help="The embedded base's name, a model folder, or a model of the Hugging Face hub, with @REVISION if need be.",
+    ),
+]
 Personas = Annotated[
     Path | None,
     typer.Option(help="Folder of persona folders; default ./personas if it exists, else the shipped ones."),
@@ -20,14 +28,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
 def prepare_process() -> None:
-    """Keep the libraries quiet, offline (models come from folders, not from a hub) and modest; stdout in UTF-8."""
+    """Keep the libraries quiet, offline (but for a base that is asked for by name) and modest; stdout in UTF-8."""
     from npc_kernels.openmp import sleep_while_waiting
 
     sleep_while_waiting()
     signal.signal(signal.SIGTERM, _stop)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    stay_offline()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -78,6 +78,10 @@ LAYERS = [
     "npc_runtime.engine.device",
     "npc_runtime.engine.faults",
     "npc_runtime.engine.embedded",
+    "npc_runtime.engine.base_folder",
+    "npc_runtime.engine.hub_process",
+    "npc_runtime.engine.hub",
+    "npc_runtime.engine.bases",
     "npc_runtime.engine.codes",
     "npc_runtime.engine.checkpoints",
     "npc_runtime.engine.weights",
@@ -183,6 +187,10 @@ WITHOUT_TORCH = [
     "npc_runtime.engine.scheduler",
     "npc_runtime.engine.ending",
     "npc_runtime.engine.embedded",
+    "npc_runtime.engine.base_folder",
+    "npc_runtime.engine.hub_process",
+    "npc_runtime.engine.hub",
+    "npc_runtime.engine.bases",
 ]
 
 
