@@ -81,6 +81,7 @@ def fetch_snapshot(hub_id: HubId, on_progress: OnProgress) -> Path:
             "Unset that once, or name the folder of a model.",
         )
     label = f"downloading {hub_id}"
+    on_progress(label, 0.0)
     folder = _run(hub_id, lambda fraction: on_progress(label, fraction))
     on_progress(label, 1.0)
     return folder

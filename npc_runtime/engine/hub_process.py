@@ -37,6 +37,7 @@ TEXTS = (
 )
 """What a base needs beside its weights; nothing else of a repository is fetched, code least of all."""
 
+LIST_TIMEOUT_S = 10.0
 REPORT_S = 0.1
 SPARE_BYTES = 64 << 20
 """Left on the disk for others."""
@@ -55,16 +56,12 @@ class Fetcher:
 
     def fetch(self) -> Path:
         """Return the folder with all files. The model is refused before its weights are fetched, if it is to be."""
-        from huggingface_hub import HfApi
-
+        self._list_files(self.revision)  # fails at once where there is no network; the client tries files for long
         folder = self._fetch_file("config.json", self.revision).parent
         read_raw_config(folder)
-        commit = folder.name  # from here on all files are of one commit, whatever is pushed meanwhile
-        listed = HfApi().model_info(self.repo, revision=commit, files_metadata=True).siblings or []
-        sizes = {file.rfilename: file.size or 0 for file in listed if "/" not in file.rfilename}
+        commit = folder.name  # from here on all is of one commit, whatever is pushed meanwhile
+        sizes = self._list_files(commit)
         texts = [name for name in TEXTS if name in sizes]
-        if not any(name in sizes for name in TOKENIZERS):
-            raise StartupError(f"{self.repo} has no tokenizer.", "Take a repository that has a tokenizer.json.")
         weights = self._choose_weights(sizes, commit)
         self._make_room(folder, {name: sizes[name] for name in (*texts, *weights)})
         for name in (*texts, *weights):
@@ -80,6 +77,19 @@ class Fetcher:
         if self.total and now - self.reported_at >= REPORT_S:
             self.reported_at = now
             self.report(max(0.0, min(self.done / self.total, 1.0)))
+
+    def _list_files(self, revision: str) -> dict[str, int]:
+        """The sizes of the files at the top of the repository."""
+        from huggingface_hub import HfApi
+
+        listed = HfApi().model_info(self.repo, revision=revision, files_metadata=True, timeout=LIST_TIMEOUT_S).siblings
+        sizes = {file.rfilename: file.size or 0 for file in listed or [] if "/" not in file.rfilename}
+        if "config.json" not in sizes:
+            what = f"{self.repo} has no config.json: it is no model that transformers could read."
+            raise StartupError(what, "GGUF files are not loaded; look for the original of the model.")
+        if not any(name in sizes for name in TOKENIZERS):
+            raise StartupError(f"{self.repo} has no tokenizer.", "Take a repository that has a tokenizer.json.")
+        return sizes
 
     def _choose_weights(self, sizes: dict[str, int], commit: str) -> list[str]:
         index = read_index(self._fetch_file(INDEX, commit)) if INDEX in sizes else None
@@ -162,9 +172,6 @@ def _explain_answer(repo: str, revision: str, error: BaseException) -> StartupEr
         case hub.RepositoryNotFoundError():
             what = f"There is no folder {repo}, and no model of that name on {hub_url}."
             return StartupError(what, f"Look at its spelling; if it is private, {login}.")
-        case hub.RemoteEntryNotFoundError():
-            what = f"{repo} has no config.json: it is no model that transformers could read."
-            return StartupError(what, "GGUF files are not loaded; look for the original of the model.")
         case hub.HFValidationError():
             return StartupError(f"{repo} is no name of a model.", "One is ORG/NAME, or ORG/NAME@REVISION.")
         case hub.HfHubHTTPError() if error.response.status_code in (401, 403):
