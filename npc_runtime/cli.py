@@ -175,17 +175,17 @@ def demo(
     from rich.console import Console
 
     from npc_runtime.console import progress_bars, stderr
-    from npc_runtime.demo import SHOUT, default_serve_options, play, show
+    from npc_runtime.demo import SHOUT, play, show
     from npc_runtime.engine.bases import resolve_base
+    from npc_runtime.own_daemon import serve_options
     from npc_runtime.persona import shipped_personas
 
     prepare_process()
     chatter = stderr()
     with progress_bars(chatter) as report:
         resolve_base(base, report)  # here, where its bar is seen, and not while the daemon is waited for
-    options = default_serve_options(
-        base=base, personas=personas or shipped_personas(), dtype=dtype.value, threads=threads
-    )
+    folder = personas or shipped_personas()
+    options = serve_options(base=base, personas=folder, project="demo", dtype=dtype.value, threads=threads)
     status = chatter.status(f"starting the daemon ({base}) …")
     status.start()
     try:
@@ -216,8 +216,9 @@ def bench(
     """Measure the running daemon: throughput, time to first text, time between texts."""
     import asyncio
 
-    from npc_runtime.bench import find_daemon, measure
+    from npc_runtime.bench import measure
     from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.running import find_daemon
 
     prepare_process()
     target = find_daemon(project, personas or default_personas(), url=url, token=token)
