@@ -17,9 +17,10 @@ import typer
 
 from npc_runtime import __version__
 from npc_runtime.adapter_commands import adapter_app
+from npc_runtime.daemon_commands import chat
 from npc_runtime.engine.embedded import EMBEDDED_BASE
 from npc_runtime.errors import EngineDied, NpcError
-from npc_runtime.options import AsJson, Base, Personas, default_personas, prepare_process
+from npc_runtime.options import AsJson, Base, Personas, Project, Token, Url, default_personas, prepare_process
 from npc_runtime.persona_commands import persona_app
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(chat)
 app.add_typer(persona_app, name="persona")
 app.add_typer(adapter_app, name="adapter", callback=prepare_process)
 
@@ -94,7 +96,7 @@ def serve(
         typer.Option(help="auto: 4 bits on a GPU for a base of a billion weights or more that has none of its own."),
     ] = Quantize.AUTO,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Accept clients without a token (loopback only).")] = False,
-    project: Annotated[str | None, typer.Option(help="Name of the runtime file; default from --personas.")] = None,
+    project: Project = None,
     adapter_memory: Annotated[
         int | None,
         typer.Option(
@@ -207,9 +209,9 @@ def bench(
     npcs: Annotated[int, typer.Option(min=1, max=64, help="NPCs that speak at once; personas take turns.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, max=100)] = 3,
     max_tokens: Annotated[int, typer.Option(min=1, max=1_024, help="Tokens of every line, exactly.")] = 100,
-    url: Annotated[str | None, typer.Option(help="The daemon; default: what the project's runtime file says.")] = None,
-    token: Annotated[str | None, typer.Option(help="Its token, with --url.")] = None,
-    project: Annotated[str | None, typer.Option(help="Name of the runtime file; default from --personas.")] = None,
+    url: Url = None,
+    token: Token = None,
+    project: Project = None,
     personas: Personas = None,
     as_json: AsJson = False,
 ) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from npc_runtime.engine.hub import stay_offline
 
-__all__ = ["AsJson", "Base", "Personas", "default_personas", "prepare_process"]
+__all__ = ["AsJson", "Base", "Personas", "Project", "Token", "Url", "default_personas", "prepare_process"]
 
 Base = Annotated[
     str,
@@ -24,6 +24,9 @@ Personas = Annotated[
     Path | None,
     typer.Option(help="Folder of persona folders; default ./personas if it exists, else the shipped ones."),
 ]
+Project = Annotated[str | None, typer.Option(help="Name of the runtime file; default from --personas.")]
+Url = Annotated[str | None, typer.Option(help="The daemon; default: what the project's runtime file says.")]
+Token = Annotated[str | None, typer.Option(help="Its token, with --url.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 

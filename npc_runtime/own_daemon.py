@@ -26,7 +26,14 @@ async def own_daemon(options: list[str]) -> AsyncIterator[Endpoint]:
     # -P keeps the current folder off sys.path: a checkout's kernels/ would shadow the package of that name.
     command = [sys.executable, "-P", "-m", "npc_runtime", "serve", "--port", "0", *options]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            **_out_of_reach(),
+        )
         try:
             yield await asyncio.to_thread(_wait_for_endpoint, process, log)
         finally:
@@ -38,6 +45,13 @@ async def own_daemon(options: list[str]) -> AsyncIterator[Endpoint]:
                 process.wait()
             if process.stdout:
                 process.stdout.close()
+
+
+def _out_of_reach() -> dict[str, Any]:
+    """Keep Ctrl-C from the daemon: whether it means a line's end or everybody's is for the command to say."""
+    if sys.platform == "win32":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    return {"process_group": 0}
 
 
 def _wait_for_endpoint(process: subprocess.Popen[str], log: Any) -> Endpoint:

@@ -1,0 +1,91 @@
+"""`npc-runtime chat` and `top`, for the daemon that runs, and `npc-runtime doctor`, before one does."""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from npc_runtime.engine.embedded import EMBEDDED_BASE
+from npc_runtime.errors import StartupError
+from npc_runtime.options import Base, Personas, Project, Token, Url, default_personas, prepare_process
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from npc_runtime.running import Target
+
+__all__ = ["chat"]
+
+Seed = Annotated[int | None, typer.Option(min=0, max=2**53 - 1, help="Of the first answer; others get random ones.")]
+
+
+def chat(
+    persona: Annotated[str, typer.Argument(metavar="PERSONA", help="Its id; `persona list` has them.")],
+    project: Project = None,
+    url: Url = None,
+    token: Token = None,
+    personas: Personas = None,
+    base: Base = EMBEDDED_BASE,
+    seed: Seed = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Times, tokens and seed after every answer.")] = False,
+) -> None:
+    """Talk to a persona: through the daemon that runs, or one with --base that is started for it.
+
+    In a pipe every line is answered by one on stdout; the exit status is 1 if one could not be.
+    """
+    import asyncio
+    from contextlib import AsyncExitStack
+
+    from rich.console import Console
+
+    from npc_runtime.chat import Talk
+    from npc_runtime.chat_terminal import ChatTerminal, converse
+    from npc_runtime.console import stderr
+    from npc_runtime.own_daemon import own_daemon
+    from npc_runtime.running import Target, find_daemon
+
+    prepare_process()
+    folder = personas or default_personas()
+    find = partial(find_daemon, project, folder, url=url, token=token)
+    options = None if url or _is_running(find) else _prepare_daemon(persona, folder, base)
+    with asyncio.Runner() as runner:
+        stack = AsyncExitStack()
+        try:
+            if options is not None:
+                with stderr().status(f"starting a daemon ({base}) …"):
+                    endpoint = runner.run(stack.enter_async_context(own_daemon(options)))
+                find = partial(Target, f"ws://127.0.0.1:{endpoint.port}/v1", endpoint.token)
+            talk = Talk(find, persona)
+            stack.push_async_callback(talk.close)
+            name = runner.run(talk.open()).display_name
+            terminal = ChatTerminal(name, out=Console(highlight=False), chatter=stderr(), has_stats=stats)
+            is_well = converse(runner, talk, terminal, seed)
+        finally:
+            runner.run(stack.aclose())
+    if not is_well:
+        raise typer.Exit(1)
+
+
+def _is_running(find: "Callable[[], Target]") -> bool:
+    """Whether a daemon is there; a runtime file may be left of one that was killed."""
+    from npc_runtime.running import ask_health
+
+    try:
+        return ask_health(find()).state != "gone"
+    except StartupError:
+        return False
+
+
+def _prepare_daemon(persona: str, folder: Path, base: str) -> list[str]:
+    """The options of a daemon for a persona, once it is sure that there is one, and a base."""
+    from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.engine.bases import resolve_base
+    from npc_runtime.own_daemon import serve_options
+    from npc_runtime.persona import Library
+
+    Library.load(folder).find(persona)
+    with progress_bars(stderr()) as report:
+        resolve_base(base, report)
+    return serve_options(base=base, personas=folder, project=f"chat-{os.getpid()}")
