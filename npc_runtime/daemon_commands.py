@@ -54,8 +54,8 @@ def chat(
         stack = AsyncExitStack()
         try:
             if options is not None:
-                with stderr().status(f"starting a daemon ({base}) …"):
-                    endpoint = runner.run(stack.enter_async_context(own_daemon(options)))
+                stderr().print(f"no daemon is running; starting one with {base} …")
+                endpoint = runner.run(stack.enter_async_context(own_daemon(options)))
                 find = partial(Target, f"ws://127.0.0.1:{endpoint.port}/v1", endpoint.token)
             talk = Talk(find, persona)
             stack.push_async_callback(talk.close)

@@ -1,0 +1,264 @@
+"""`npc-runtime chat`: the conversation, the line that is cancelled, the pipe and the terminal."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import pytest
+from conftest import MS
+
+from npc_runtime.chat import Conversation, Reply, Talk, printable
+from npc_runtime.discovery import Endpoint, write_endpoint
+from npc_runtime.errors import DisconnectedError, PersonaUnknown
+from npc_runtime.running import Target
+
+POSIX = pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="pty, and XDG_RUNTIME_DIR, which is Linux's")
+
+
+def command(*arguments):
+    return [sys.executable, "-P", "-m", "npc_runtime", "chat", *arguments]
+
+
+def run(*arguments, said, **environment):
+    settings = {"capture_output": True, "text": True, "timeout": 120, "env": {**os.environ, **environment}}
+    return subprocess.run(command(*arguments), input=said, **settings)
+
+
+def texts(messages):
+    return [message["content"] for message in messages]
+
+
+def test_a_conversation_is_what_was_answered():
+    talk = Conversation(max_chars=1_000)
+    assert talk.take_back() is None
+    assert texts(talk.ask("Hello")) == ["Hello"]
+    talk.keep("Good day.")
+    assert texts(talk.ask("Who are you?")) == ["Hello", "Good day.", "Who are you?"]
+    # Nobody answered that: the next line does not know of it.
+    assert texts(talk.ask("What?")) == ["Hello", "Good day.", "What?"]
+    assert [turn["role"] for turn in talk.ask("What?")] == ["user", "assistant", "user"]
+
+
+def test_again_asks_the_same_and_forgets_the_first_answer():
+    talk = Conversation(max_chars=1_000)
+    talk.ask("Hello")
+    assert talk.take_back() == "Hello"  # it was not answered
+    talk.ask("Hello")
+    talk.keep("Good day.")
+    assert talk.take_back() == "Hello"
+    assert texts(talk.ask("Hello")) == ["Hello"]
+    talk.keep("You again?")
+    assert texts(talk.ask("Yes")) == ["Hello", "You again?", "Yes"]
+
+
+def test_a_long_conversation_fits_a_request():
+    talk = Conversation(max_chars=100)
+    for number in range(20):
+        talk.ask(f"{number:010}")
+        talk.keep("b" * 10)
+    messages = talk.ask("a" * 30)
+    assert sum(map(len, texts(messages))) <= 100
+    assert texts(messages)[0] == f"{17:010}"
+    assert messages[0]["role"] == "user"
+    talk.max_chars = 10**6
+    for number in range(200):
+        talk.ask(str(number))
+        talk.keep("b")
+    assert len(talk.ask("c")) == 255  # an odd number, and at most 256
+
+
+def test_nothing_that_was_said_steers_the_terminal():
+    assert printable("a\x1b[2Jb\r\x07\x9b\u202ec\td\né🜁") == "a\ufffd[2Jb\ufffd\ufffd\ufffd\ufffdc\td\né🜁"
+
+
+async def test_the_daemon_is_told_the_whole_conversation(daemon):
+    talk = Talk(lambda: Target(daemon.url, daemon.token), "odo")
+    assert (await talk.open()).display_name == "Odo"
+    seen = []
+    first = await talk.say("Hello", 1, seen.append)
+    assert first.is_said
+    assert first.text.startswith(seen[0])
+    assert all(later.startswith(earlier) for earlier, later in pairwise(seen))
+    second = await talk.say("What did you say?", 2, seen.append)
+    assert second.end.usage.prompt > first.end.usage.prompt + 10
+    assert second.end.seed == 2
+    talk.conversation.take_back()
+    again = await talk.say("What did you say?", 2, seen.append)
+    assert (again.text, again.end.prompt_hash) == (second.text, second.end.prompt_hash)
+    await talk.close()
+
+
+async def test_a_lost_connection_is_made_again_and_nothing_is_forgotten(daemon):
+    found = []
+
+    def find():
+        found.append(1)
+        return Target(daemon.url, daemon.token)
+
+    talk = Talk(find, "odo")
+    await talk.open()
+    first = await talk.say("Hello", 1, print)
+    await talk.close()
+    second = await talk.say("What did you say?", 2, print)
+    assert second.is_said
+    assert second.end.usage.prompt > first.end.usage.prompt
+    assert len(found) == 2
+    await talk.close()
+    talk = Talk(lambda: Target("ws://127.0.0.1:9/v1", None), "odo")
+    with pytest.raises(DisconnectedError, match="No daemon answers"):
+        await talk.open()
+
+
+async def test_who_is_not_there_cannot_be_talked_to(daemon):
+    talk = Talk(lambda: Target(daemon.url, daemon.token), "nobody")
+    with pytest.raises(PersonaUnknown, match=r"no persona 'nobody'\. There are brom, marta, odo"):
+        await talk.open()
+    await talk.close()
+
+
+async def test_a_cancelled_task_cancels_the_line_and_no_more(make_persona, make_daemon, tmp_path):
+    make_persona("bard", limits={"soft_words": 400, "hard_tokens": 900})
+    daemon = make_daemon("--personas", str(tmp_path / "personas"), "--project", "bard")
+    talk = Talk(lambda: Target(daemon.url, daemon.token), "bard")
+    await talk.open()
+    has_begun = asyncio.Event()
+    line = asyncio.create_task(talk.say("Sing!", 1, lambda text: has_begun.set()))
+    await has_begun.wait()
+    line.cancel()
+    reply = await line
+    assert reply.is_cancelled
+    assert reply.problem == "cancelled"
+    assert (reply.end.reason, reply.end.text) == ("cancelled", reply.text)
+    assert talk.conversation.turns == []
+    early = asyncio.create_task(talk.say("Sing!", 1, print))
+    await asyncio.sleep(0)
+    early.cancel()
+    assert (await early).is_cancelled
+    async with asyncio.timeout(3_000 * MS):  # it would speak for ten seconds
+        while (await talk._client.status())["active"]:
+            await asyncio.sleep(20 * MS)
+    await talk.close()
+
+
+def test_a_reply_says_why_there_is_none():
+    assert Reply("", None).problem == "cancelled"
+    assert not Reply("", None).is_said
+
+
+def test_a_pipe_gets_plain_lines(daemon):
+    said = "Hello\n\n/seed 4\nWho are you?\n/again\n/seed 4\n/again\n/nonsense\n"
+    done = run("odo", "--url", daemon.url, "--token", daemon.token, "--seed", "3", said=said)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    assert lines[1] == lines[3] != lines[2]
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "Odo" not in done.stdout
+    assert "/again" in done.stderr  # the help, for what is no command
+    stats = run("odo", "--url", daemon.url, "--token", daemon.token, "--seed", "3", "--stats", said="Hello\n")
+    assert stats.stdout.splitlines() == lines[:1]
+    assert "first text" in stats.stderr
+    assert "seed 3" in stats.stderr
+
+
+def test_a_line_that_cannot_be_spoken_fails_the_pipe(daemon):
+    done = run("odo", "--url", daemon.url, "--token", daemon.token, said="x" * 9_000 + "\nHello\n")
+    assert done.returncode == 1
+    assert "9000 characters" in done.stderr
+    assert len(done.stdout.splitlines()) == 1
+
+
+@POSIX
+def test_a_daemon_is_started_where_none_is_and_stopped_at_the_end(tmp_path, monkeypatch):
+    """The runtime file of one that was killed does not count."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    tmp_path.chmod(0o700)
+    write_endpoint("game", Endpoint(port=9, pid=1, token="x", protocol=1, base="x"))
+    done = run("odo", "--project", "game", said="Hello\n")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert "starting one with smollm2-135m" in done.stderr
+    assert [path.name for path in (tmp_path / "npc-runtime").iterdir()] == ["game.json"]
+    nobody = run("nobody", "--project", "game", said="Hello\n")
+    assert nobody.returncode == 1
+    assert "There is no persona 'nobody'" in nobody.stderr
+    assert "starting" not in nobody.stderr
+
+
+class Terminal:
+    """A process that believes it has a terminal."""
+
+    def __init__(self, arguments, **environment):
+        import pty
+
+        ours, theirs = pty.openpty()
+        self.file = os.fdopen(ours, "r+b", buffering=0)
+        settings = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True}
+        code = (
+            "import os, sys, fcntl as f, termios as t; f.ioctl(0, t.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        wrapped = [sys.executable, "-c", code, *arguments]
+        environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", **environment}
+        self.process = subprocess.Popen(wrapped, env=environment, **settings)
+        os.close(theirs)
+        self.seen = ""
+
+    def type(self, text):
+        self.file.write(text.encode())
+
+    def wait_for(self, text):
+        import select
+
+        give_up = time.monotonic() + 30_000 * MS
+        while text not in self.seen:
+            assert time.monotonic() < give_up, self.seen
+            if select.select([self.file], [], [], 0.1)[0]:
+                self.seen += self.file.read(4096).decode(errors="replace")
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        self.file.close()
+
+
+@POSIX
+def test_ctrl_c_cancels_the_line_and_then_leaves(make_persona, make_daemon, tmp_path):
+    make_persona("bard", limits={"soft_words": 400, "hard_tokens": 900})
+    daemon = make_daemon("--personas", str(tmp_path / "personas"), "--project", "bard")
+    terminal = Terminal(command("bard", "--url", daemon.url, "--token", daemon.token))
+    try:
+        terminal.wait_for("> ")
+        terminal.type("Sing!\n")
+        terminal.wait_for("Bard: ")
+        terminal.wait_for("▌")
+        terminal.type("\x03")
+        terminal.wait_for("[cancelled]")
+        terminal.wait_for("> ")
+        terminal.type("/again\n")
+        terminal.wait_for("Bard: ")
+        terminal.type("\x03")
+        time.sleep(50 * MS)  # two of the same signal at once are one
+        terminal.type("\x03")
+        assert terminal.process.wait(10_000 * MS) == 0
+    finally:
+        terminal.close()
+    assert daemon.process.poll() is None
+
+
+@POSIX
+def test_ctrl_d_leaves(daemon):
+    terminal = Terminal(command("odo", "--url", daemon.url, "--token", daemon.token))
+    try:
+        terminal.wait_for("> ")
+        terminal.type("Hello\n")
+        terminal.wait_for("Odo: ")
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(10_000 * MS) == 0
+    finally:
+        terminal.close()
