@@ -1,56 +1,23 @@
-"""A conversation with one persona: what was said so far, and how the next line is spoken.
+"""A conversation with one persona: an NPC of its own in the daemon, which remembers what was said.
 
-The daemon is told the whole conversation with every line. A line that failed or was cancelled leaves no trace in it.
+What was said is also kept here, for a daemon that was started anew.
 """
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from npc_runtime.client import Batch, Client, RequestError
 from npc_runtime.errors import DisconnectedError, PersonaUnknown
-from npc_runtime.protocol import Cancel, DeltaItem, LineEnd, PersonaInfo
+from npc_runtime.protocol import Cancel, ChatTurn, DeltaItem, LineEnd, NpcHistory, PersonaInfo
 from npc_runtime.running import Target
 
-__all__ = ["Conversation", "Reply", "Talk", "printable"]
+__all__ = ["Reply", "Talk", "printable"]
 
 CANCEL_TIMEOUT_S = 5.0
-MAX_MESSAGES = 256
-
-
-@dataclass(slots=True)
-class Conversation:
-    """Turns that both sides remember, within the bounds of a request."""
-
-    max_chars: int
-    turns: list[dict[str, str]] = field(default_factory=list)
-    _last: str | None = None  # the player's last words
-    _is_last_kept: bool = False
-
-    def ask(self, text: str) -> list[dict[str, str]]:
-        """The messages of a line that answers `text`; the oldest exchanges are left out where they have no room."""
-        self._last, self._is_last_kept = text, False
-        begin, num_chars = len(self.turns), len(text)
-        while begin >= 2 and len(self.turns) - begin + 3 <= MAX_MESSAGES:
-            num_chars += sum(len(turn["content"]) for turn in self.turns[begin - 2 : begin])
-            if num_chars > self.max_chars:
-                break
-            begin -= 2
-        return [*self.turns[begin:], {"role": "user", "content": text}]
-
-    def keep(self, reply: str) -> None:
-        """Remember the answer to what was asked last."""
-        assert self._last is not None
-        self.turns += [{"role": "user", "content": self._last}, {"role": "assistant", "content": reply}]
-        self._is_last_kept = True
-
-    def take_back(self) -> str | None:
-        """The player's last words, as if they had not been answered; None at the beginning."""
-        if self._is_last_kept:
-            del self.turns[-2:]
-            self._is_last_kept = False
-        return self._last
+MAX_TURNS = 100
+"""Of those that are kept here: more than the context of a base that runs beside a game holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,27 +48,29 @@ class Reply:
 
 
 class Talk:
-    """The connection of a conversation; it is made again if it is lost."""
+    """One NPC and the connection that it is reached by, which is made again if it is lost."""
 
-    def __init__(self, find: Callable[[], Target], persona: str) -> None:
+    def __init__(self, find: Callable[[], Target], persona: str, npc: str = "chat") -> None:
         """`find` says where the daemon is, each time it is looked for."""
         self._find = find
         self._persona = persona
+        self._npc = npc
         self._client: Client | None = None
         self._num_lines = 0
-        self.conversation = Conversation(max_chars=0)
+        self._turns: list[ChatTurn] = []
+        self._said: str | None = None  # by the player, last
+        self._is_answered = False
 
     async def open(self) -> PersonaInfo:
         """Connect, and find the persona. Raises `NpcError` if it is not there or cannot speak."""
         client = await self._connect()
-        personas = await client.personas()
-        known = {persona.id: persona for persona in personas}
+        known = {persona.id: persona for persona in await client.personas()}
         found = known.get(self._persona)
         if found is None:
             raise PersonaUnknown(f"There is no persona '{self._persona}'.", f"There are {', '.join(sorted(known))}.")
         if found.error is not None:
             raise RequestError(found.error.code, found.error.message, found.error.hint)
-        self.conversation.max_chars = client.welcome.limits["text_chars"]
+        await client.open_npc(self._npc, self._persona)
         return found
 
     async def close(self) -> None:
@@ -112,25 +81,43 @@ class Talk:
     async def say(self, text: str, seed: int | None, on_text: Callable[[str], None]) -> Reply:
         """Speak one line; `on_text` gets all of it that has come so far. A cancelled task cancels the line.
 
-        Raises `RequestError` if the line is refused, `DisconnectedError` if the daemon is gone.
+        A line that is not spoken to its end leaves no trace in what the NPC remembers. Raises `RequestError` if it is
+        refused, `DisconnectedError` if the daemon is gone.
         """
-        messages = self.conversation.ask(text)
-        line = {"line": 1, "persona": self._persona, "messages": messages}
+        self._said, self._is_answered = text, False
+        line: dict[str, Any] = {"line": 1, "npc": self._npc, "input": {"text": text}}
         line |= {} if seed is None else {"sampling": {"seed": seed}}
         try:
             reply = await self._speak(line, on_text)
         except DisconnectedError:  # a daemon that was started anew, or a laptop that slept
-            await self._connect()
+            await self._reconnect()
             reply = await self._speak(line, on_text)
         if reply.is_said:
-            self.conversation.keep(reply.text)
+            turns = [ChatTurn(role="user", content=text), ChatTurn(role="assistant", content=reply.text)]
+            self._turns = [*self._turns, *turns][-MAX_TURNS:]
+            self._is_answered = True
         return reply
+
+    async def take_back(self) -> str | None:
+        """What the player said last, as if it had not been answered; None at the beginning."""
+        if self._is_answered:
+            assert self._client is not None
+            self._turns, self._is_answered = self._turns[:-2], False
+            try:
+                await self._client.ask(NpcHistory(npc=self._npc, op="pop"))
+            except DisconnectedError:
+                await self._reconnect()
+        return self._said
 
     async def _connect(self) -> Client:
         await self.close()
         target = self._find()
         self._client = await Client.connect(target.url, token=target.token, name="npc-runtime-chat")
         return self._client
+
+    async def _reconnect(self) -> None:
+        client = await self._connect()
+        await client.open_npc(self._npc, self._persona, history=self._turns)
 
     async def _speak(self, line: dict[str, Any], on_text: Callable[[str], None]) -> Reply:
         assert self._client is not None

@@ -108,7 +108,7 @@ def converse(runner: asyncio.Runner, talk: Talk, terminal: ChatTerminal, seed: i
             if word == "/seed" and rest.strip().isdecimal():
                 seed, said = int(rest), None
             elif word == "/again":
-                said = talk.conversation.take_back()
+                said = runner.run(talk.take_back())
                 if said is None:
                     terminal.complain("nothing was said yet")
             elif word.startswith("/"):

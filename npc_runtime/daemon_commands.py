@@ -26,6 +26,7 @@ def chat(
     project: Project = None,
     url: Url = None,
     token: Token = None,
+    npc: Annotated[str, typer.Option(metavar="ID", help="Id of the NPC that is opened for it.")] = "chat",
     personas: Personas = None,
     base: Base = EMBEDDED_BASE,
     seed: Seed = None,
@@ -57,7 +58,7 @@ def chat(
                 stderr().print(f"no daemon is running; starting one with {base} …")
                 endpoint = runner.run(stack.enter_async_context(own_daemon(options)))
                 find = partial(Target, f"ws://127.0.0.1:{endpoint.port}/v1", endpoint.token)
-            talk = Talk(find, persona)
+            talk = Talk(find, persona, npc)
             stack.push_async_callback(talk.close)
             name = runner.run(talk.open()).display_name
             terminal = ChatTerminal(name, out=Console(highlight=False), chatter=stderr(), has_stats=stats)

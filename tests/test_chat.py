@@ -10,7 +10,8 @@ from itertools import pairwise
 import pytest
 from conftest import MS
 
-from npc_runtime.chat import Conversation, Reply, Talk, printable
+from npc_runtime.chat import Reply, Talk, printable
+from npc_runtime.client import RequestError
 from npc_runtime.discovery import Endpoint, write_endpoint
 from npc_runtime.errors import DisconnectedError, PersonaUnknown
 from npc_runtime.running import Target
@@ -27,67 +28,42 @@ def run(*arguments, said, **environment):
     return subprocess.run(command(*arguments), input=said, **settings)
 
 
-def texts(messages):
-    return [message["content"] for message in messages]
-
-
-def test_a_conversation_is_what_was_answered():
-    talk = Conversation(max_chars=1_000)
-    assert talk.take_back() is None
-    assert texts(talk.ask("Hello")) == ["Hello"]
-    talk.keep("Good day.")
-    assert texts(talk.ask("Who are you?")) == ["Hello", "Good day.", "Who are you?"]
-    # Nobody answered that: the next line does not know of it.
-    assert texts(talk.ask("What?")) == ["Hello", "Good day.", "What?"]
-    assert [turn["role"] for turn in talk.ask("What?")] == ["user", "assistant", "user"]
-
-
-def test_again_asks_the_same_and_forgets_the_first_answer():
-    talk = Conversation(max_chars=1_000)
-    talk.ask("Hello")
-    assert talk.take_back() == "Hello"  # it was not answered
-    talk.ask("Hello")
-    talk.keep("Good day.")
-    assert talk.take_back() == "Hello"
-    assert texts(talk.ask("Hello")) == ["Hello"]
-    talk.keep("You again?")
-    assert texts(talk.ask("Yes")) == ["Hello", "You again?", "Yes"]
-
-
-def test_a_long_conversation_fits_a_request():
-    talk = Conversation(max_chars=100)
-    for number in range(20):
-        talk.ask(f"{number:010}")
-        talk.keep("b" * 10)
-    messages = talk.ask("a" * 30)
-    assert sum(map(len, texts(messages))) <= 100
-    assert texts(messages)[0] == f"{17:010}"
-    assert messages[0]["role"] == "user"
-    talk.max_chars = 10**6
-    for number in range(200):
-        talk.ask(str(number))
-        talk.keep("b")
-    assert len(talk.ask("c")) == 255  # an odd number, and at most 256
-
-
 def test_nothing_that_was_said_steers_the_terminal():
     assert printable("a\x1b[2Jb\r\x07\x9b\u202ec\td\né🜁") == "a\ufffd[2Jb\ufffd\ufffd\ufffd\ufffdc\td\né🜁"
 
 
-async def test_the_daemon_is_told_the_whole_conversation(daemon):
+async def remembered(talk):
+    return [turn.content for turn in await talk._client.history("chat")]
+
+
+async def test_the_npc_remembers_what_was_answered(daemon):
     talk = Talk(lambda: Target(daemon.url, daemon.token), "odo")
     assert (await talk.open()).display_name == "Odo"
+    assert await talk.take_back() is None
     seen = []
     first = await talk.say("Hello", 1, seen.append)
     assert first.is_said
     assert first.text.startswith(seen[0])
     assert all(later.startswith(earlier) for earlier, later in pairwise(seen))
     second = await talk.say("What did you say?", 2, seen.append)
-    assert second.end.usage.prompt > first.end.usage.prompt + 10
     assert second.end.seed == 2
-    talk.conversation.take_back()
-    again = await talk.say("What did you say?", 2, seen.append)
-    assert (again.text, again.end.prompt_hash) == (second.text, second.end.prompt_hash)
+    assert await remembered(talk) == ["Hello", first.text, "What did you say?", second.text]
+    with pytest.raises(RequestError, match="empty"):
+        await talk.say(" ", 3, seen.append)
+    assert await talk.take_back() == " "
+    assert len(await remembered(talk)) == 4
+    await talk.close()
+
+
+async def test_again_asks_the_same_and_forgets_the_first_answer(daemon):
+    talk = Talk(lambda: Target(daemon.url, daemon.token), "odo")
+    await talk.open()
+    hello = await talk.say("Hello", 1, print)
+    first = await talk.say("Who are you?", 2, print)
+    assert await talk.take_back() == await talk.take_back() == "Who are you?"
+    assert await remembered(talk) == ["Hello", hello.text]
+    again = await talk.say("Who are you?", 2, print)
+    assert (again.text, again.end.prompt_hash) == (first.text, first.end.prompt_hash)
     await talk.close()
 
 
@@ -103,9 +79,11 @@ async def test_a_lost_connection_is_made_again_and_nothing_is_forgotten(daemon):
     first = await talk.say("Hello", 1, print)
     await talk.close()
     second = await talk.say("What did you say?", 2, print)
-    assert second.is_said
-    assert second.end.usage.prompt > first.end.usage.prompt
-    assert len(found) == 2
+    assert await remembered(talk) == ["Hello", first.text, "What did you say?", second.text]
+    await talk.close()
+    await talk.take_back()
+    assert await remembered(talk) == ["Hello", first.text]
+    assert len(found) == 3
     await talk.close()
     talk = Talk(lambda: Target("ws://127.0.0.1:9/v1", None), "odo")
     with pytest.raises(DisconnectedError, match="No daemon answers"):
@@ -132,7 +110,7 @@ async def test_a_cancelled_task_cancels_the_line_and_no_more(make_persona, make_
     assert reply.is_cancelled
     assert reply.problem == "cancelled"
     assert (reply.end.reason, reply.end.text) == ("cancelled", reply.text)
-    assert talk.conversation.turns == []
+    assert await remembered(talk) == []
     early = asyncio.create_task(talk.say("Sing!", 1, print))
     await asyncio.sleep(0)
     early.cancel()
