@@ -17,7 +17,7 @@ import typer
 
 from npc_runtime import __version__
 from npc_runtime.adapter_commands import adapter_app
-from npc_runtime.daemon_commands import chat
+from npc_runtime.daemon_commands import chat, top
 from npc_runtime.engine.embedded import EMBEDDED_BASE
 from npc_runtime.errors import EngineDied, NpcError
 from npc_runtime.options import AsJson, Base, Personas, Project, Token, Url, default_personas, prepare_process
@@ -37,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(chat)
+app.command()(top)
 app.add_typer(persona_app, name="persona")
 app.add_typer(adapter_app, name="adapter", callback=prepare_process)
 

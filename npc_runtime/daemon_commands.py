@@ -14,9 +14,11 @@ from npc_runtime.options import Base, Personas, Project, Token, Url, default_per
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rich.console import Console
+
     from npc_runtime.running import Target
 
-__all__ = ["chat"]
+__all__ = ["chat", "top"]
 
 Seed = Annotated[int | None, typer.Option(min=0, max=2**53 - 1, help="Of the first answer; others get random ones.")]
 
@@ -67,6 +69,66 @@ def chat(
             runner.run(stack.aclose())
     if not is_well:
         raise typer.Exit(1)
+
+
+def top(
+    project: Project = None,
+    url: Url = None,
+    token: Token = None,
+    personas: Personas = None,
+    once: Annotated[bool, typer.Option("--once", help="Show how it is now, and leave.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, a line a second.")] = False,
+) -> None:
+    """Watch the running daemon: lines, speed, memory; Ctrl-C leaves. In a pipe as with --once."""
+    import asyncio
+    from contextlib import suppress
+
+    from rich.console import Console
+
+    from npc_runtime.console import stderr
+    from npc_runtime.running import find_daemon
+    from npc_runtime.top import Picture, take_snapshot
+
+    prepare_process()
+    find = partial(find_daemon, project, personas or default_personas(), url=url, token=token)
+    console = Console(highlight=False)
+    with suppress(KeyboardInterrupt):
+        if as_json and not once:
+            asyncio.run(_print_snapshots(find, stderr()))
+        elif console.is_terminal and not once:
+            asyncio.run(_draw_snapshots(find, console))
+        else:
+            snapshot = asyncio.run(take_snapshot(find()))
+            picture = Picture()
+            picture.take(snapshot)
+            if as_json:
+                typer.echo(snapshot.to_json())
+            else:
+                console.print(picture.draw())
+
+
+async def _print_snapshots(find: "Callable[[], Target]", chatter: "Console") -> None:
+    from npc_runtime.top import watch
+
+    async for snapshot in watch(find, lambda note: chatter.print(note) if note else None):
+        typer.echo(snapshot.to_json())
+
+
+async def _draw_snapshots(find: "Callable[[], Target]", console: "Console") -> None:
+    from rich.live import Live
+
+    from npc_runtime.top import Picture, watch
+
+    picture = Picture()
+    with Live(console=console, auto_refresh=False, redirect_stdout=False) as live:
+
+        def note(text: str) -> None:
+            picture.note = text
+            live.update(picture.draw(), refresh=True)
+
+        async for snapshot in watch(find, note):
+            picture.take(snapshot)
+            live.update(picture.draw(), refresh=True)
 
 
 def _is_running(find: "Callable[[], Target]") -> bool:
