@@ -17,10 +17,20 @@ import typer
 
 from npc_runtime import __version__
 from npc_runtime.adapter_commands import adapter_app
-from npc_runtime.daemon_commands import chat, top
+from npc_runtime.daemon_commands import chat, doctor, top
 from npc_runtime.engine.embedded import EMBEDDED_BASE
 from npc_runtime.errors import EngineDied, NpcError
-from npc_runtime.options import AsJson, Base, Personas, Project, Token, Url, default_personas, prepare_process
+from npc_runtime.options import (
+    DEFAULT_PORT,
+    AsJson,
+    Base,
+    Personas,
+    Project,
+    Token,
+    Url,
+    default_personas,
+    prepare_process,
+)
 from npc_runtime.persona_commands import persona_app
 
 if TYPE_CHECKING:
@@ -28,14 +38,13 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-DEFAULT_PORT = 4780
-
 app = typer.Typer(
     help="Voices the NPCs of a game: one base model, a LoRA adapter per persona, one batch.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(doctor)
 app.command()(chat)
 app.command()(top)
 app.add_typer(persona_app, name="persona")

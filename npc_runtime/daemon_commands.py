@@ -1,5 +1,6 @@
 """`npc-runtime chat` and `top`, for the daemon that runs, and `npc-runtime doctor`, before one does."""
 
+import logging
 import os
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,17 @@ import typer
 
 from npc_runtime.engine.embedded import EMBEDDED_BASE
 from npc_runtime.errors import StartupError
-from npc_runtime.options import Base, Personas, Project, Token, Url, default_personas, prepare_process
+from npc_runtime.options import (
+    DEFAULT_PORT,
+    AsJson,
+    Base,
+    Personas,
+    Project,
+    Token,
+    Url,
+    default_personas,
+    prepare_process,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +29,7 @@ if TYPE_CHECKING:
 
     from npc_runtime.running import Target
 
-__all__ = ["chat", "top"]
+__all__ = ["chat", "doctor", "top"]
 
 Seed = Annotated[int | None, typer.Option(min=0, max=2**53 - 1, help="Of the first answer; others get random ones.")]
 
@@ -105,6 +116,33 @@ def top(
                 typer.echo(snapshot.to_json())
             else:
                 console.print(picture.draw())
+
+
+def doctor(
+    base: Base = EMBEDDED_BASE,
+    personas: Personas = None,
+    project: Project = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is installed, what would compute, what would be slow or wrong, and what to do.
+
+    The exit status is 1 if the daemon would not start, or a persona could not speak.
+    """
+    from rich.console import Console
+
+    from npc_runtime.console import stderr
+    from npc_runtime.doctor.examination import Subject, examine_all, show
+
+    prepare_process()
+    logging.disable(logging.WARNING)  # the findings say the same
+    with stderr().status("looking …"):
+        report = examine_all(Subject(base, personas or default_personas(), project, DEFAULT_PORT))
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        show(report, Console(highlight=False))
+    if not report.is_well:
+        raise typer.Exit(1)
 
 
 async def _print_snapshots(find: "Callable[[], Target]", chatter: "Console") -> None:

@@ -11,7 +11,19 @@ import typer
 
 from npc_runtime.engine.hub import stay_offline
 
-__all__ = ["AsJson", "Base", "Personas", "Project", "Token", "Url", "default_personas", "prepare_process"]
+__all__ = [
+    "DEFAULT_PORT",
+    "AsJson",
+    "Base",
+    "Personas",
+    "Project",
+    "Token",
+    "Url",
+    "default_personas",
+    "prepare_process",
+]
+
+DEFAULT_PORT = 4780
 
 Base = Annotated[
     str,
