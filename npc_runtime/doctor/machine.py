@@ -10,7 +10,7 @@ from pathlib import Path
 
 from npc_runtime.doctor.finding import Finding, Level
 
-__all__ = ["Cpu", "Gpu", "check_cpu", "check_disk", "check_folder", "check_gpu", "check_memory"]
+__all__ = ["Cpu", "Gpu", "check_cpu", "check_disk", "check_folder", "check_gpu", "check_memory", "free_bytes"]
 
 MIB, GIB = 1 << 20, 1 << 30
 MIN_FREE_DISK = GIB
@@ -145,7 +145,7 @@ def check_disk(folder: Path, free: int, needed: int) -> Iterator[Finding]:
 
 def check_folder(label: str, folder: Path, remedy: str, *, is_vital: bool) -> Iterator[Finding]:
     """Whether a folder can be written, or made; leaves nothing behind."""
-    existing = nearest(folder)
+    existing = _nearest(folder)
     try:
         if not existing.is_dir():
             raise NotADirectoryError(20, "it is no folder")
@@ -158,14 +158,14 @@ def check_folder(label: str, folder: Path, remedy: str, *, is_vital: bool) -> It
         yield Finding("folders", "ok", f"{label}: {folder}")
 
 
-def nearest(folder: Path) -> Path:
+def _nearest(folder: Path) -> Path:
     """The folder, or what there is of the path to it."""
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def free_bytes(folder: Path) -> int:
     """The room where the folder is, or would be."""
-    return shutil.disk_usage(nearest(folder)).free
+    return shutil.disk_usage(_nearest(folder)).free
 
 
 def _cpu_name() -> str:
