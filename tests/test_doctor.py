@@ -210,12 +210,16 @@ def test_personas_that_cannot_speak_are_told_with_their_remedy(make_persona, tmp
     make_persona("smith", adapter="adapter")
     folder = tmp_path / "personas"
     found = list(check_personas_of(Library.load(folder), Base.find("smollm2-135m")))
-    assert levels(found) == ["wrong", "wrong"]
+    assert levels(found) == ["wrong", "ok"]
     assert "smith cannot speak" in found[0].text
-    assert "persona check" in found[0].remedy
+    assert found[0].remedy
     assert "1 of 2 can speak" in found[1].text
     unchecked = only(check_personas_of(Library.load(folder), None))
     assert "when the base is here" in unchecked.text
+    for number in range(20):
+        make_persona(f"p{number}", bio="")
+    many = list(check_personas_of(Library.load(folder), None))
+    assert [finding.text for finding in many if "others" in finding.text] == ["nor can 12 others"]
     (tmp_path / "empty").mkdir()
     assert only(check_personas_of(Library.load(tmp_path / "empty"), None)).level == "wrong"
 

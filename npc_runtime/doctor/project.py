@@ -22,6 +22,7 @@ __all__ = ["Base", "check_base", "check_daemon", "check_personas_of", "check_por
 EMBEDDED_DISK_BYTES = 800_000_000  # while it is made
 SHARE_OF_INT4 = 0.3  # of the bytes in bfloat16, embedding and head included
 MIN_INT4_BYTES = 2_000_000_000  # in bfloat16: what `--quantize auto` makes 4 bits of
+MAX_NAMED = 8
 OVERHEAD_CPU = 1_500_000_000  # Python, torch and compiled kernels, the KV cache, copies of adapters
 OVERHEAD_GPU = 1_500_000_000  # adapter pages, the KV cache, graphs, a step
 
@@ -93,17 +94,20 @@ def check_personas_of(library: "Library", base: Base | None) -> Iterator[Finding
 
     if base is not None:
         check_personas(library, str(base.folder), lambda label, fraction: None)
-    for persona_id, problem in sorted(library.problems.items()):
-        remedy = f"{problem.hint} npc-runtime persona check has it all.".strip()
+    problems, num_total = sorted(library.problems.items()), len(library) + len(library.problems)
+    for persona_id, problem in problems[:MAX_NAMED]:
+        remedy = problem.hint or "npc-runtime persona check says more."
         yield Finding("personas", "wrong", f"{persona_id} cannot speak: {problem.message}", remedy)
-    num_total = len(library) + len(library.problems)
+    if len(problems) > MAX_NAMED:
+        remedy = "npc-runtime persona check has them all."
+        yield Finding("personas", "wrong", f"nor can {len(problems) - MAX_NAMED} others", remedy)
     if not num_total:
         yield Finding("personas", "wrong", "there are none", "npc-runtime persona new ID writes one to fill in.")
         return
     num_adapters = sum(bool(persona.adapter) for persona in library)
     unchecked = "" if base is not None else "; their adapters are looked at when the base is here"
     what = f"{len(library)} of {num_total} can speak, {num_adapters} with an adapter{unchecked}"
-    yield Finding("personas", "ok" if len(library) == num_total else "wrong", what)
+    yield Finding("personas", "ok", what)
 
 
 def check_daemon(endpoint: Endpoint | None, health: Health | None) -> Iterator[Finding]:
