@@ -1,6 +1,7 @@
 """`npc-runtime chat`: the conversation, the line that is cancelled, the pipe and the terminal."""
 
 import asyncio
+import io
 import os
 import subprocess
 import sys
@@ -9,11 +10,14 @@ from itertools import pairwise
 
 import pytest
 from conftest import MS
+from rich.console import Console
 
 from npc_runtime.chat import Reply, Talk, printable
+from npc_runtime.chat_terminal import ChatTerminal, converse
 from npc_runtime.client import RequestError
 from npc_runtime.discovery import Endpoint, write_endpoint
 from npc_runtime.errors import DisconnectedError, PersonaUnknown
+from npc_runtime.protocol import ErrorInfo, LineEnd, Timing, Usage
 from npc_runtime.running import Target
 
 POSIX = pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="pty, and XDG_RUNTIME_DIR, which is Linux's")
@@ -121,9 +125,69 @@ async def test_a_cancelled_task_cancels_the_line_and_no_more(make_persona, make_
     await talk.close()
 
 
-def test_a_reply_says_why_there_is_none():
-    assert Reply("", None).problem == "cancelled"
-    assert not Reply("", None).is_said
+def line_end(reason, text="", *, fallback=False, error=None):
+    timing = Timing(queue_ms=0.0, total_ms=1.0, tokens_per_s=1.0, batch_avg=1.0)
+    usage = Usage(prompt=1, completion=1)
+    settings = {"usage": usage, "timing": timing, "seed": 7, "prompt_hash": "", "fallback": fallback, "error": error}
+    return LineEnd(line=1, reason=reason, text=text, **settings)
+
+
+FAILED = ErrorInfo(code="out_of_memory", message="There was no memory.", hint="Send fewer lines.")
+
+
+@pytest.mark.parametrize(
+    ("end", "is_said", "problem"),
+    [
+        (line_end("stop", "Good day."), True, "stop"),
+        (line_end("length", "Good"), True, "length"),
+        (None, False, "cancelled"),
+        (line_end("cancelled", "Go"), False, "cancelled"),
+        (line_end("error", "Not now.", fallback=True, error=FAILED), False, "There was no memory. Send fewer lines."),
+        (line_end("deadline"), False, "deadline"),
+    ],
+)
+def test_a_reply_says_why_there_is_none(end, is_said, problem):
+    reply = Reply(end.text if end else "", end)
+    assert (reply.is_said, reply.problem) == (is_said, problem)
+
+
+class ScriptedTalk:
+    """Answers what it was given."""
+
+    def __init__(self, *replies):
+        self.replies, self.asked = list(replies), []
+
+    async def say(self, text, seed, on_text):
+        self.asked.append((text, seed))
+        on_text("…")
+        return self.replies.pop(0)
+
+    async def take_back(self):
+        return self.asked[-1][0] if self.asked else None
+
+
+@pytest.mark.parametrize(
+    ("said", "replies", "asked", "is_well"),
+    [
+        ("a\n\n b \n", ["stop", "stop"], [("a", 3), ("b", None)], True),
+        ("/again\na\n/again\n/seed 5\n/again\n", ["stop"] * 3, [("a", 3), ("a", None), ("a", 5)], True),
+        ("a\n/quit\nb\n", ["stop"], [("a", 3)], True),
+        ("a\nb\n", ["error", "stop"], [("a", 3), ("b", None)], False),
+        ("a\nb\n", ["cancelled", "stop"], [("a", 3), ("b", None)], True),
+        ("/seed x\n/seed\n/help\n", [], [], True),
+    ],
+)
+def test_what_is_typed_becomes_lines_and_commands(said, replies, asked, is_well, monkeypatch):
+    talk = ScriptedTalk(*(Reply("Hm.", line_end(reason, "Hm.")) for reason in replies))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(said.encode())))
+    out, chatter = (Console(file=io.StringIO()) for _ in range(2))
+    terminal = ChatTerminal("Odo", out=out, chatter=chatter, has_stats=True)
+    with asyncio.Runner() as runner:
+        assert converse(runner, talk, terminal, 3) is is_well
+    assert talk.asked == asked
+    assert out.file.getvalue() == "Hm.\n" * len(asked)
+    assert ("another answer" in chatter.file.getvalue()) == ("/seed x" in said)
+    assert chatter.file.getvalue().count("seed 7") == len(asked)
 
 
 def test_a_pipe_gets_plain_lines(daemon):

@@ -67,13 +67,10 @@ def find_snapshot(hub_id: HubId) -> Path | None:
 
 
 def fetch_snapshot(hub_id: HubId, on_progress: OnProgress) -> Path:
-    """Return the model's folder, fetched if it is not complete yet. Files that are there are not fetched again.
+    """Fetch a model that `find_snapshot` did not find, and return its folder. Files that are there stay as they are.
 
     Raises `StartupError` if it cannot be had: no such model, no access, no network, no room, or none that can be run.
     """
-    found = find_snapshot(hub_id)
-    if found is not None:
-        return found
     forbidden = _find_ban()
     if forbidden:
         raise StartupError(
