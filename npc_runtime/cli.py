@@ -16,9 +16,20 @@ import typer
 
 from npc_runtime import __version__
 from npc_runtime.adapter_commands import adapter_app
-from npc_runtime.engine.embedded import EMBEDDED_BASE, ensure_embedded_base
+from npc_runtime.daemon_commands import chat, doctor, top
+from npc_runtime.engine.embedded import EMBEDDED_BASE
 from npc_runtime.errors import NpcError
-from npc_runtime.options import AsJson, Base, Personas, default_personas, prepare_process
+from npc_runtime.options import (
+    DEFAULT_PORT,
+    AsJson,
+    Base,
+    Personas,
+    Project,
+    Token,
+    Url,
+    default_personas,
+    prepare_process,
+)
 from npc_runtime.persona_commands import persona_app
 from npc_runtime.stopping import was_asked_to_stop
 
@@ -27,14 +38,15 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-DEFAULT_PORT = 4780
-
 app = typer.Typer(
     help="Voices the NPCs of a game: one base model, a LoRA adapter per persona, one batch.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(doctor)
+app.command()(chat)
+app.command()(top)
 app.add_typer(persona_app, name="persona")
 app.add_typer(adapter_app, name="adapter", callback=prepare_process)
 
@@ -203,17 +215,17 @@ def demo(
     from rich.console import Console
 
     from npc_runtime.console import progress_bars, stderr
-    from npc_runtime.demo import SHOUT, default_serve_options, play, show
+    from npc_runtime.demo import SHOUT, play, show
+    from npc_runtime.engine.bases import resolve_base
+    from npc_runtime.own_daemon import serve_options
     from npc_runtime.persona import shipped_personas
 
     prepare_process()
     chatter = stderr()
-    if base == EMBEDDED_BASE:
-        with progress_bars(chatter) as report:
-            ensure_embedded_base(report)
-    options = default_serve_options(
-        base=base, personas=personas or shipped_personas(), dtype=dtype.value, threads=threads
-    )
+    with progress_bars(chatter) as report:
+        resolve_base(base, report)  # here, where its bar is seen, and not while the daemon is waited for
+    folder = personas or shipped_personas()
+    options = serve_options(base=base, personas=folder, command="demo", dtype=dtype.value, threads=threads)
     status = chatter.status(f"starting the daemon ({base}) …")
     status.start()
     try:
@@ -235,17 +247,18 @@ def bench(
     npcs: Annotated[int, typer.Option(min=1, max=64, help="NPCs that speak at once; personas take turns.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, max=100)] = 3,
     max_tokens: Annotated[int, typer.Option(min=1, max=1_024, help="Tokens of every line, exactly.")] = 100,
-    url: Annotated[str | None, typer.Option(help="The daemon; default: what the project's runtime file says.")] = None,
-    token: Annotated[str | None, typer.Option(help="Its token, with --url.")] = None,
-    project: Annotated[str | None, typer.Option(help="Name of the runtime file; default from --personas.")] = None,
+    url: Url = None,
+    token: Token = None,
+    project: Project = None,
     personas: Personas = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the running daemon: throughput, time to first text, time between texts."""
     import asyncio
 
-    from npc_runtime.bench import find_daemon, measure
+    from npc_runtime.bench import measure
     from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.running import find_daemon
 
     prepare_process()
     target = find_daemon(project, personas or default_personas(), url=url, token=token)
@@ -291,9 +304,10 @@ def quantize_base(
 ) -> None:
     """Make 4 bits of a base ahead of time; prints what that saves and how far the weights moved."""
     from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.engine.bases import resolve_base
     from npc_runtime.engine.device import choose_device
     from npc_runtime.engine.quantized import write_quantized
-    from npc_runtime.engine.weights import describe_base, read_config, resolve_base
+    from npc_runtime.engine.weights import describe_base, read_config
 
     prepare_process()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -328,7 +342,7 @@ def train(
 ) -> None:
     """Train a persona's adapter, the epoch with the lowest held-out loss; a run that was stopped goes on."""
     from npc_runtime.console import progress_bars, stderr, step_bar
-    from npc_runtime.engine.weights import resolve_base
+    from npc_runtime.engine.bases import base_name, resolve_base
     from npc_runtime.persona import Persona
     from npc_runtime.train import Recipe, train_persona
 
@@ -342,7 +356,7 @@ def train(
         results = train_persona(
             persona,
             path,
-            base_name=base if base == EMBEDDED_BASE else path.resolve().name,
+            base_name=base_name(base, path),
             recipe=Recipe(rank=rank, epochs=epochs, learning_rate=learning_rate, seed=seed),
             out=target,
             restart=restart,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from npc_runtime.engine.adapters import AdapterStore
+from npc_runtime.engine.bases import resolve_base
 from npc_runtime.engine.checkpoints import read_scheme
 from npc_runtime.engine.codes import read_codes
 from npc_runtime.engine.core import EngineConfig
@@ -23,7 +24,6 @@ from npc_runtime.engine.weights import (
     describe_base,
     iterate_weights,
     read_config,
-    resolve_base,
 )
 from npc_runtime.errors import AdapterIncompatible, ContextOverflow, StartupError, WireError
 from npc_runtime.persona import Library, Persona

@@ -139,8 +139,8 @@ def persona_render(
 ) -> None:
     """Print the exact prompt of a line, the tokens of each part, and what had to be left out."""
     from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.engine.bases import resolve_base
     from npc_runtime.engine.tokenizer import ChatTokenizer
-    from npc_runtime.engine.weights import resolve_base
     from npc_runtime.loading import find_context
     from npc_runtime.prompt import Context, fit_prompt
 
