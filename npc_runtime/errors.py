@@ -1,7 +1,7 @@
 """Every error a user can meet, each with the code it has on the wire.
 
     NpcError
-    ├── StartupError            before the socket opens; the CLI prints it as one line
+    ├── StartupError            before the daemon speaks; the CLI prints it as one line
     ├── EngineDied              the daemon's engine ended while it served, and no process takes its place
     ├── DisconnectedError       a client's own: the connection to the daemon is gone
     ├── CardInvalid             a character card that cannot be read; the message names file and place

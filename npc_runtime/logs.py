@@ -251,7 +251,8 @@ class _StderrHandler(logging.Handler):
         """Let something else become stderr; returns whether nobody is writing to it."""
         with suppress(OSError):
             self._fd = os.dup(STDERR)
-        return self.flush()
+        self.flush()
+        return not self._lines.unfinished_tasks
 
     def emit(self, record: logging.LogRecord) -> None:
         self.say(self.format(record))
@@ -261,10 +262,10 @@ class _StderrHandler(logging.Handler):
         with suppress(queue.Full):
             self._lines.put_nowait(text)
 
-    def flush(self) -> bool:
-        """Wait a moment until all is written; returns whether it was."""
+    def flush(self) -> None:
+        """Wait a moment until all is written."""
         with self._lines.all_tasks_done:
-            return self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, STDERR_TIMEOUT_S)
+            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, STDERR_TIMEOUT_S)
 
     def close(self) -> None:
         """End the thread once all is written, or after a moment leave it where it waits."""

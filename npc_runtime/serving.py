@@ -6,21 +6,18 @@ moves: who hears nothing for ten seconds takes the daemon for dead.
 """
 
 import asyncio
-import logging
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 from npc_runtime.server import NpcServer
 from npc_runtime.stopping import stop_signals
 
 __all__ = ["Serving"]
-
-logger = logging.getLogger(__name__)
 
 TELL_EVERY_S = 0.25
 REPEAT_EVERY = 6
@@ -44,7 +41,7 @@ class Serving:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._news: tuple[str, float] | None = ("starting", 0.0)  # None: there is nothing to tell any more
         self._is_listening: Future[None] = Future()
-        self._is_over = threading.Event()
+        self._is_over: Future[None] = Future()
         self._ear, self._mouth = socket.socketpair()
         self._woken_before = -1
         self._thread = threading.Thread(target=self._run_loop, name="sockets", daemon=True)
@@ -67,10 +64,14 @@ class Serving:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
 
     def wait(self) -> None:
-        """The loading is over: wait until nothing more will be generated. A signal interrupts this."""
+        """The loading is over: wait until nothing more will be generated. A signal interrupts this.
+
+        Raises whatever may have ended the loop.
+        """
         self._news = None
-        while not self._is_over.wait(LOOK_EVERY_S):
-            pass
+        while not self._is_over.done():
+            wait([self._is_over], LOOK_EVERY_S)
+        self._is_over.result()
 
     def leave(self) -> None:
         """End the loop, and what is left on it."""
@@ -82,6 +83,7 @@ class Serving:
             end.close()
 
     def _run_loop(self) -> None:
+        error: Exception = RuntimeError("the event loop has ended")
         try:
             with asyncio.Runner() as runner:
                 self._loop = runner.get_loop()
@@ -91,17 +93,15 @@ class Serving:
                 self._loop.run_forever()
                 for task in tasks:
                     task.cancel()
-        except Exception as error:
-            if self._is_listening.done():
-                logger.critical("the sockets are not served any more", exc_info=error)
-            else:
-                self._is_listening.set_exception(error)
-        finally:
-            self._is_over.set()
+        except Exception as caught:
+            error = caught
+        for outcome in (self._is_listening, self._is_over):
+            if not outcome.done():
+                outcome.set_exception(error)
 
     async def _watch(self) -> None:
         await self._server.is_over.wait()
-        self._is_over.set()
+        self._is_over.set_result(None)
 
     async def _tell(self) -> None:
         """Tell who waits how far the loading is."""

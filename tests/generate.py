@@ -64,11 +64,12 @@ Rules:
   waits for it.
 - When a connection is lost its lines are cancelled. Its NPCs and their histories wait for `hello.resume`, for
   `want.linger_s`; of the lines nothing more is said.
-- A `hello` that comes while the base is loaded is answered by `event`s `model.loading`, then `model.ready`, then
-  `welcome`.
+- A `hello` that comes while the base is loaded is answered by `event`s `model.loading`, at least one every two seconds,
+  then `model.ready`, then `welcome`; or the connection closes 1011 with the reason. `progress` is that of what
+  `message` names, and begins anew with the next.
 
 Close codes: 4400 protocol, 4401 token, 4403 origin, 4408 no hello, 4429 too many connections, 1009 frame over
-1 MiB, 1012 the daemon stops or restarts.
+1 MiB, 1011 the base could not be loaded, 1012 the daemon stops or restarts.
 """
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import MS, RunningDaemon, daemon_environment, start_daemon
 from game import line, play
+from test_readme import blocks
 
 from npc_runtime.client import Client
 from npc_runtime.persona import shipped_personas
@@ -240,3 +242,35 @@ def test_a_recording_may_be_recorded_again(recorded, replay, tmp_path):
     assert daemon.stop() == 0
     assert len(Recording.load(again)) == len(Recording.load(recorded[0]))
     assert Path(again).stat().st_size > 1_000
+
+
+GAME = """#!{python} -P
+import asyncio, json, sys
+from npc_runtime.client import Client
+
+async def main():
+    where = json.load(open(sys.argv[sys.argv.index("--daemon") + 1]))
+    async with await Client.connect(f"ws://127.0.0.1:{{where['port']}}/v1", token=where["token"]) as client:
+        print((await client.say("odo", "The king is dead! 0")).text)
+
+asyncio.run(main())
+sys.exit(7)
+"""
+
+
+def test_the_readmes_example_for_ci_runs(recorded, tmp_path):
+    (code,) = blocks("sh")
+    (tmp_path / "tavern.jsonl").write_bytes(recorded[0].read_bytes())
+    (tmp_path / "game").write_text(GAME.format(python=sys.executable))
+    (tmp_path / "npc-runtime").write_text(f'#!/bin/sh\nexec {sys.executable} -P -m npc_runtime "$@"\n')
+    for name in ("game", "npc-runtime"):
+        (tmp_path / name).chmod(0o755)
+    env = daemon_environment(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    options = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(["sh", "-c", code], **options)
+    assert (done.returncode, done.stdout.strip()) == (7, recorded[1].ends["c2"]["text"]), done.stderr
+    (tmp_path / "tavern.jsonl").unlink()
+    (tmp_path / "where.json").unlink()
+    done = subprocess.run(["sh", "-c", code], **options)
+    assert done.returncode == 1
+    assert "--replay tavern.jsonl" in done.stderr

@@ -124,7 +124,7 @@ async def test_nothing_moves_and_yet_it_is_told(load):
     socket_, _ = await wait_in(daemon)
     async with socket_, asyncio.timeout(20_000 * MS):
         times = []
-        while len(times) < 4:
+        while len(times) < 3:
             assert json.loads(await socket_.recv())["kind"] == "model.loading"
             times.append(time.monotonic())
         assert 1.0 < times[-1] - times[-2] < 2.0
@@ -262,14 +262,10 @@ def test_what_is_wrong_at_first_sight_comes_before_the_first_line(make_daemon, t
     taken.touch()
     for options, message in [
         (["--personas", str(tmp_path / "none")], "no such folder"),
-        (["--base", "a/b/c"], "no such folder"),
         (["--base", str(tmp_path)], "no config.json"),
         (["--allow-host", "a b"], "is no host name"),
         (["--record", str(taken)], "there already"),
-        (["--record", str(tmp_path / "no" / "file")], "there is no folder"),
         (["--replay", str(taken)], "the file is empty"),
-        (["--replay", str(tmp_path / "none")], "--replay"),
-        (["--replay", str(taken), "--replay-speed", "0"], "is no speed"),
         (["--replay", str(taken), "--replay-speed", "nan"], "is no speed"),
     ]:
         daemon = make_daemon("--personas", str(shipped_personas()), *options)
