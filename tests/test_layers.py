@@ -118,6 +118,7 @@ LAYERS = [
     "npc_runtime.metrics",
     "npc_runtime.recording",
     "npc_runtime.replay",
+    "npc_runtime.figures",
     "npc_runtime.connection",
     "npc_runtime.pages",
     "npc_runtime.server",
