@@ -22,10 +22,11 @@ from npc_kernels.quant import dequantize, quantize_int4, quantize_int8
 from torch import Tensor
 
 from npc_runtime.console import progress_bars, stderr
+from npc_runtime.engine.bases import resolve_base
 from npc_runtime.engine.embedded import EMBEDDED_BASE
 from npc_runtime.engine.model import Decoder, KvCache
 from npc_runtime.engine.tokenizer import ChatTokenizer
-from npc_runtime.engine.weights import iterate_weights, read_config, resolve_base
+from npc_runtime.engine.weights import iterate_weights, read_config
 from npc_runtime.persona import Library, Persona, shipped_personas
 
 CPU, BLOCK_SIZE, LINES_OF_A_TEXT = torch.device("cpu"), 16, 20

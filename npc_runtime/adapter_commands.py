@@ -99,7 +99,7 @@ def merge(
 def _find_base(name: str) -> "Base":
     from npc_runtime.adapter_import import Base
     from npc_runtime.console import progress_bars, stderr
-    from npc_runtime.engine.weights import resolve_base
+    from npc_runtime.engine.bases import resolve_base
 
     with progress_bars(stderr()) as report:
         return Base.of(name, resolve_base(name, report))

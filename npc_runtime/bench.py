@@ -12,15 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from npc_runtime.client import Client
-from npc_runtime.discovery import project_of, read_endpoint
 from npc_runtime.errors import DisconnectedError, InvalidError, NpcError, StartupError
 from npc_runtime.protocol import DeltaItem, LineEnd, Want, Welcome
+from npc_runtime.running import Target
 
-__all__ = ["Report", "Target", "Trace", "find_daemon", "measure", "summarize"]
+__all__ = ["Report", "Trace", "measure", "summarize"]
 
 ROUND_LIMIT_S = 300.0
 WARM_TOKENS = 4
@@ -31,13 +30,6 @@ TEXTS = (
     "There is smoke above the mill.",
     "Tell me what you know about the old road.",
 )
-
-
-class Target(NamedTuple):
-    """Where a daemon listens."""
-
-    url: str
-    token: str | None
 
 
 @dataclass(slots=True)
@@ -88,17 +80,6 @@ class Report:
                 f"  prompt tokens   {self.cached_share:.0%} from the prefix cache",
             ]
         )
-
-
-def find_daemon(project: str | None, personas: Path, *, url: str | None = None, token: str | None = None) -> Target:
-    """Where the daemon is: as told, or from the project's runtime file. Raises `StartupError` if there is none."""
-    if url is not None:
-        return Target(url, token)
-    endpoint = read_endpoint(project or project_of(personas))
-    if endpoint is None:
-        named = f"project '{project}'" if project else f"personas {personas}"
-        raise StartupError(f"No daemon is running for {named}.", "Start one: npc-runtime serve; or name it with --url.")
-    return Target(f"ws://127.0.0.1:{endpoint.port}/v1", token or endpoint.token)
 
 
 async def measure(

@@ -6,7 +6,6 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 import json
 import logging
 import os
-import signal
 import sys
 from dataclasses import asdict
 from enum import StrEnum
@@ -17,17 +16,27 @@ import typer
 
 from npc_runtime import __version__
 from npc_runtime.adapter_commands import adapter_app
-from npc_runtime.engine.embedded import EMBEDDED_BASE, ensure_embedded_base
-from npc_runtime.errors import EngineDied, NpcError
-from npc_runtime.options import AsJson, Base, Personas, default_personas, prepare_process
+from npc_runtime.daemon_commands import chat, doctor, top
+from npc_runtime.engine.embedded import EMBEDDED_BASE
+from npc_runtime.errors import NpcError
+from npc_runtime.options import (
+    DEFAULT_PORT,
+    AsJson,
+    Base,
+    Personas,
+    Project,
+    Token,
+    Url,
+    default_personas,
+    prepare_process,
+)
 from npc_runtime.persona_commands import persona_app
+from npc_runtime.stopping import was_asked_to_stop
 
 if TYPE_CHECKING:
     from npc_runtime.train import Epoch
 
 __all__ = ["main"]
-
-DEFAULT_PORT = 4780
 
 app = typer.Typer(
     help="Voices the NPCs of a game: one base model, a LoRA adapter per persona, one batch.",
@@ -35,6 +44,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(doctor)
+app.command()(chat)
+app.command()(top)
 app.add_typer(persona_app, name="persona")
 app.add_typer(adapter_app, name="adapter", callback=prepare_process)
 
@@ -61,6 +73,15 @@ class Quantize(StrEnum):
     AUTO = "auto"
     INT4 = "int4"
     NONE = "none"
+
+
+class LogLevel(StrEnum):
+    """What is left out of the log."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
 
 
 DTypeOption = Annotated[DType, typer.Option(help="auto: bfloat16 where the hardware multiplies it.")]
@@ -94,7 +115,28 @@ def serve(
         typer.Option(help="auto: 4 bits on a GPU for a base of a billion weights or more that has none of its own."),
     ] = Quantize.AUTO,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Accept clients without a token (loopback only).")] = False,
-    project: Annotated[str | None, typer.Option(help="Name of the runtime file; default from --personas.")] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A name besides its own that the daemon is called by; may be given again."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Whose web pages may connect besides the daemon's own, with the token: http://localhost:8080.",
+        ),
+    ] = None,
+    project: Annotated[
+        str | None, typer.Option(help="Name of the runtime file, of one daemon at a time; default from --personas.")
+    ] = None,
+    owner_pid: Annotated[
+        int | None, typer.Option(metavar="PID", min=1, help="End when this process is gone, whatever ended it.")
+    ] = None,
+    log_file: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Default: in the user's log folder; - is stderr alone, and needs a reader."),
+    ] = None,
+    log_level: Annotated[LogLevel, typer.Option()] = LogLevel.INFO,
     adapter_memory: Annotated[
         int | None,
         typer.Option(
@@ -123,41 +165,39 @@ def serve(
     ] = 64,
 ) -> None:
     """Run the daemon until Ctrl-C. Its first line on stdout says port and token, as JSON."""
-    from npc_runtime.console import progress_bars, stderr
-    from npc_runtime.daemon import run_daemon
-    from npc_runtime.loading import Settings
+    from npc_runtime.daemon_process import DaemonProcess, LogOptions, run_process
+    from npc_runtime.discovery import project_of
+
+    def run(process: DaemonProcess) -> None:
+        from npc_runtime.console import progress_bars, stderr
+        from npc_runtime.daemon import run_daemon
+        from npc_runtime.loading import Settings
+        from npc_runtime.logs import logged_progress
+
+        settings = Settings(
+            base=base,
+            personas=folder,
+            host=host,
+            port=port,
+            dtype=dtype.value,
+            threads=threads,
+            deterministic=deterministic,
+            quantize=quantize.value,
+            needs_token=not no_auth,
+            adapter_mib=adapter_memory,
+            kv_mib=kv_memory,
+            gpu_mib=gpu_memory,
+            max_adapter_rank=max_adapter_rank,
+            allowed_hosts=tuple(allow_host or ()),
+            allowed_origins=tuple(allow_origin or ()),
+        )
+        console = stderr()
+        run_daemon(settings, process, lambda: progress_bars(console) if console.is_terminal else logged_progress())
 
     prepare_process()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("websockets").setLevel(logging.ERROR)
-    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # counts changes; what they meant is logged by us
-    logging.raiseExceptions = False  # a spawner may close the pipe that stderr is
-    settings = Settings(
-        base=base,
-        personas=personas or default_personas(),
-        host=host,
-        port=port,
-        dtype=dtype.value,
-        threads=threads,
-        deterministic=deterministic,
-        quantize=quantize.value,
-        needs_token=not no_auth,
-        project=project,
-        adapter_mib=adapter_memory,
-        kv_mib=kv_memory,
-        gpu_mib=gpu_memory,
-        max_adapter_rank=max_adapter_rank,
-    )
-    status = 0
-    try:
-        run_daemon(settings, lambda: progress_bars(stderr()))
-    except EngineDied as error:
-        typer.echo(f"npc-runtime: {error}", err=True)
-        status = 1
-    logging.shutdown()
-    # All is closed. Taking torch apart would cost another second of the two that a stop may take, and may never end
-    # with a device that does not answer.
-    os._exit(status)
+    folder = personas or default_personas()
+    options = LogOptions(log_file, logging.getLevelNamesMapping()[log_level.value.upper()])
+    os._exit(run_process(run, project=project or project_of(folder), owner_pid=owner_pid, log=options))
 
 
 @app.command()
@@ -175,17 +215,17 @@ def demo(
     from rich.console import Console
 
     from npc_runtime.console import progress_bars, stderr
-    from npc_runtime.demo import SHOUT, default_serve_options, play, show
+    from npc_runtime.demo import SHOUT, play, show
+    from npc_runtime.engine.bases import resolve_base
+    from npc_runtime.own_daemon import serve_options
     from npc_runtime.persona import shipped_personas
 
     prepare_process()
     chatter = stderr()
-    if base == EMBEDDED_BASE:
-        with progress_bars(chatter) as report:
-            ensure_embedded_base(report)
-    options = default_serve_options(
-        base=base, personas=personas or shipped_personas(), dtype=dtype.value, threads=threads
-    )
+    with progress_bars(chatter) as report:
+        resolve_base(base, report)  # here, where its bar is seen, and not while the daemon is waited for
+    folder = personas or shipped_personas()
+    options = serve_options(base=base, personas=folder, command="demo", dtype=dtype.value, threads=threads)
     status = chatter.status(f"starting the daemon ({base}) …")
     status.start()
     try:
@@ -207,17 +247,18 @@ def bench(
     npcs: Annotated[int, typer.Option(min=1, max=64, help="NPCs that speak at once; personas take turns.")] = 8,
     rounds: Annotated[int, typer.Option(min=1, max=100)] = 3,
     max_tokens: Annotated[int, typer.Option(min=1, max=1_024, help="Tokens of every line, exactly.")] = 100,
-    url: Annotated[str | None, typer.Option(help="The daemon; default: what the project's runtime file says.")] = None,
-    token: Annotated[str | None, typer.Option(help="Its token, with --url.")] = None,
-    project: Annotated[str | None, typer.Option(help="Name of the runtime file; default from --personas.")] = None,
+    url: Url = None,
+    token: Token = None,
+    project: Project = None,
     personas: Personas = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the running daemon: throughput, time to first text, time between texts."""
     import asyncio
 
-    from npc_runtime.bench import find_daemon, measure
+    from npc_runtime.bench import measure
     from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.running import find_daemon
 
     prepare_process()
     target = find_daemon(project, personas or default_personas(), url=url, token=token)
@@ -235,6 +276,24 @@ def bench(
     typer.echo(result.to_json() if as_json else result.to_text())
 
 
+@app.command()
+def page(
+    is_opened: Annotated[bool, typer.Option("--open", help="Open it in the browser instead of printing it.")] = False,
+    project: Annotated[str | None, typer.Option(help="Name of the runtime file; default from --personas.")] = None,
+    personas: Personas = None,
+) -> None:
+    """Print the link of the running daemon's status page; whoever has it can use the daemon."""
+    from npc_runtime.discovery import project_of
+    from npc_runtime.page_link import find_link, open_link
+
+    name = project or project_of(personas or default_personas())
+    link = find_link(name, f"project '{project}'" if project else f"personas {personas or default_personas()}")
+    if is_opened:
+        open_link(link, name)
+    else:
+        typer.echo(link)
+
+
 @app.command("quantize")
 def quantize_base(
     base: Base = EMBEDDED_BASE,
@@ -245,9 +304,10 @@ def quantize_base(
 ) -> None:
     """Make 4 bits of a base ahead of time; prints what that saves and how far the weights moved."""
     from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.engine.bases import resolve_base
     from npc_runtime.engine.device import choose_device
     from npc_runtime.engine.quantized import write_quantized
-    from npc_runtime.engine.weights import describe_base, read_config, resolve_base
+    from npc_runtime.engine.weights import describe_base, read_config
 
     prepare_process()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -282,7 +342,7 @@ def train(
 ) -> None:
     """Train a persona's adapter, the epoch with the lowest held-out loss; a run that was stopped goes on."""
     from npc_runtime.console import progress_bars, stderr, step_bar
-    from npc_runtime.engine.weights import resolve_base
+    from npc_runtime.engine.bases import base_name, resolve_base
     from npc_runtime.persona import Persona
     from npc_runtime.train import Recipe, train_persona
 
@@ -296,7 +356,7 @@ def train(
         results = train_persona(
             persona,
             path,
-            base_name=base if base == EMBEDDED_BASE else path.resolve().name,
+            base_name=base_name(base, path),
             recipe=Recipe(rank=rank, epochs=epochs, learning_rate=learning_rate, seed=seed),
             out=target,
             restart=restart,
@@ -372,8 +432,8 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
-            sys.exit(0)  # asked to stop: native code (safetensors) may turn the SystemExit into an error of its own
+        if was_asked_to_stop():
+            sys.exit(0)
         if not isinstance(error, NpcError):
             raise
         typer.echo(f"npc-runtime: {error}", err=True)

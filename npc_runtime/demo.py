@@ -1,16 +1,9 @@
 """The tavern scene: a real daemon, a game-like client, one batch with a line for every persona."""
 
-import asyncio
 import contextlib
 import json
-import subprocess
-import sys
-import tempfile
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,14 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from npc_runtime.client import Client
-from npc_runtime.discovery import Endpoint
 from npc_runtime.errors import NpcError, StartupError
+from npc_runtime.own_daemon import own_daemon
 from npc_runtime.protocol import BatchEnd, DeltaItem, LineEnd, LineStart
 
-__all__ = ["SHOUT", "Performance", "Role", "Scene", "default_serve_options", "play", "show"]
+__all__ = ["SHOUT", "Performance", "Role", "Scene", "play", "show"]
 
-START_TIMEOUT_S = 300.0
-STOP_TIMEOUT_S = 5.0
 SHOUT = "The king is dead!"
 
 
@@ -76,7 +67,7 @@ async def play(
 
     Raises `StartupError` if the daemon does not come up, with the end of its log.
     """
-    async with _daemon(serve_options) as endpoint:
+    async with own_daemon(serve_options) as endpoint:
         url = f"ws://127.0.0.1:{endpoint.port}/v1"
         async with await Client.connect(url, token=endpoint.token, name="npc-runtime-demo") as client:
             on_ready()
@@ -177,47 +168,3 @@ def _table(scene: Scene) -> Table:
             str(role.start.batch_size) if role.start else "",
         )
     return table
-
-
-@asynccontextmanager
-async def _daemon(serve_options: list[str]) -> AsyncIterator[Endpoint]:
-    """Run `npc-runtime serve` as a process of its own; stop it on the way out."""
-    # -P keeps the current folder off sys.path: a checkout's kernels/ would shadow the package of that name.
-    command = [sys.executable, "-P", "-m", "npc_runtime", "serve", "--port", "0", *serve_options]
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True)
-        try:
-            yield await asyncio.to_thread(_wait_for_endpoint, process, log)
-        finally:
-            process.terminate()
-            try:
-                await asyncio.to_thread(process.wait, STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            if process.stdout:
-                process.stdout.close()
-
-
-def _wait_for_endpoint(process: subprocess.Popen[str], log: Any) -> Endpoint:
-    """Read the daemon's first line; if it ends instead, or takes too long, say what its log says."""
-    assert process.stdout is not None
-    timer = threading.Timer(START_TIMEOUT_S, process.kill)
-    timer.start()
-    try:
-        line = process.stdout.readline()
-        if line:
-            return Endpoint(**json.loads(line))
-        process.wait()
-    finally:
-        timer.cancel()
-    log.seek(0)
-    said = [text for text in log.read().splitlines() if text.strip()]
-    raise StartupError("The daemon did not start:\n" + "\n".join(said[-8:]))
-
-
-def default_serve_options(*, base: str, personas: Path | None, dtype: str, threads: int | None) -> list[str]:
-    """The daemon's command-line options for these settings."""
-    options = ["--base", base, "--dtype", dtype, "--project", "demo"]
-    options += ["--personas", str(personas)] if personas else []
-    return options + (["--threads", str(threads)] if threads else [])

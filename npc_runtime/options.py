@@ -2,32 +2,55 @@
 
 import io
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["AsJson", "Base", "Personas", "default_personas", "prepare_process"]
+from npc_runtime.engine.hub import stay_offline
+from npc_runtime.stopping import leave_when_asked
 
-Base = Annotated[str, typer.Option(help="The embedded base's name, or a model folder.", metavar="NAME|PATH")]
+__all__ = [
+    "DEFAULT_PORT",
+    "AsJson",
+    "Base",
+    "Personas",
+    "Project",
+    "Token",
+    "Url",
+    "default_personas",
+    "prepare_process",
+]
+
+DEFAULT_PORT = 4780
+
+Base = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|PATH|ORG/NAME",
+        help="The embedded base's name, a model folder, or a model of the Hugging Face hub, with @REVISION if need be.",
+    ),
+]
 Personas = Annotated[
     Path | None,
     typer.Option(help="Folder of persona folders; default ./personas if it exists, else the shipped ones."),
 ]
+Project = Annotated[str | None, typer.Option(help="Name of the runtime file; default from --personas.")]
+Url = Annotated[str | None, typer.Option(help="The daemon; default: what the project's runtime file says.")]
+Token = Annotated[str | None, typer.Option(help="Its token, with --url.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
 def prepare_process() -> None:
-    """Keep the libraries quiet, offline (models come from folders, not from a hub) and modest; stdout in UTF-8."""
+    """Keep the libraries quiet, offline (but for a base that is asked for by name) and modest; stdout in UTF-8."""
     from npc_kernels.openmp import sleep_while_waiting
 
     sleep_while_waiting()
-    signal.signal(signal.SIGTERM, _stop)
+    leave_when_asked()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    stay_offline()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -37,9 +60,3 @@ def default_personas() -> Path:
     from npc_runtime.persona import shipped_personas
 
     return Path("personas") if Path("personas").is_dir() else shipped_personas()
-
-
-def _stop(*_: object) -> None:
-    """Leave through all `finally`s, so that what is half done is cleaned up."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(0)

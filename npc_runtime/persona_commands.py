@@ -76,7 +76,7 @@ def persona_list(personas: Personas = None, as_json: AsJson = False) -> None:
 @persona_app.command("show")
 def persona_show(persona_id: PersonaId, personas: Personas = None, as_json: AsJson = False) -> None:
     """Show everything that is said about a persona, with the values of fields that its file leaves out."""
-    from npc_runtime.document import write_document
+    from npc_runtime.document_change import write_document
 
     prepare_process()
     persona = _load_library(personas).find(persona_id)
@@ -139,8 +139,8 @@ def persona_render(
 ) -> None:
     """Print the exact prompt of a line, the tokens of each part, and what had to be left out."""
     from npc_runtime.console import progress_bars, stderr
+    from npc_runtime.engine.bases import resolve_base
     from npc_runtime.engine.tokenizer import ChatTokenizer
-    from npc_runtime.engine.weights import resolve_base
     from npc_runtime.loading import find_context
     from npc_runtime.prompt import Context, fit_prompt
 

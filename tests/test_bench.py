@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from npc_runtime.bench import Report, Target, Trace, find_daemon, measure, summarize
-from npc_runtime.discovery import Endpoint, write_endpoint
-from npc_runtime.errors import DisconnectedError, InvalidError, NpcError, StartupError
+from npc_runtime.bench import Report, Trace, measure, summarize
+from npc_runtime.errors import DisconnectedError, InvalidError, NpcError
 from npc_runtime.protocol import BaseModelInfo, LineEnd, Timing, Usage, Welcome
+from npc_runtime.running import Target
 
 QUICK = ("--npcs", "3", "--rounds", "2", "--max-tokens", "12")
 
@@ -74,16 +74,6 @@ async def test_a_line_that_is_not_spoken_in_full_is_an_error(daemon, monkeypatch
     monkeypatch.setattr("npc_runtime.bench.TEXTS", ("",))
     with pytest.raises(NpcError, match="empty"):
         await measure(Target(daemon.url, daemon.token), npcs=1, rounds=1, max_tokens=4, on_round=print)
-
-
-@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="XDG_RUNTIME_DIR is Linux's")
-def test_the_runtime_file_says_where(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    write_endpoint("game", Endpoint(port=4711, pid=1, token="secret", protocol=1, base="x"))
-    assert find_daemon("game", tmp_path) == Target("ws://127.0.0.1:4711/v1", "secret")
-    assert find_daemon("game", tmp_path, url="ws://far/v1", token="t") == Target("ws://far/v1", "t")
-    with pytest.raises(StartupError, match="personas"):
-        find_daemon(None, tmp_path)
 
 
 def line_end(completion, *, prompt=40, cached=0):

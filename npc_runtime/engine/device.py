@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-__all__ = ["DTypeName", "Device", "choose_device", "choose_threads", "explain_unused_gpu", "make_stream"]
+__all__ = ["DTypeName", "Device", "UnusedGpu", "choose_device", "choose_threads", "explain_unused_gpu", "make_stream"]
 
 DTypeName = Literal["float32", "bfloat16", "auto"]
 
@@ -23,6 +23,17 @@ class Device:
     torch_device: torch.device
     dtype: torch.dtype
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnusedGpu:
+    """Why a GPU that is there is of no use, and what to do about it; `str()` is both."""
+
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.remedy}"
 
 
 def choose_device(dtype: DTypeName) -> Device:
@@ -59,19 +70,20 @@ def make_stream(device: torch.device) -> torch.cuda.Stream | None:
     return stream
 
 
-def explain_unused_gpu() -> str | None:
+def explain_unused_gpu() -> UnusedGpu | None:
     """Say what to install if there is an NVIDIA GPU but torch was built without CUDA; None if all is well."""
     if torch.cuda.is_available() or not _has_nvidia_driver():
         return None
+    version, number = torch.__version__, torch.__version__.split("+")[0]
     if torch.version.cuda is not None:
-        return (
-            f"This machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it; probably its driver is "
-            f"older than CUDA {torch.version.cuda} needs. Until that is updated everything runs on the CPU."
+        return UnusedGpu(
+            f"This machine has an NVIDIA GPU, but torch {version} cannot use it; everything runs on the CPU.",
+            f"Update its driver, which is probably older than CUDA {torch.version.cuda} needs.",
         )
-    return (
-        f"This machine has an NVIDIA GPU, but torch {torch.__version__} is built for the CPU only. For the GPU: "
-        f"pip install --force-reinstall --no-deps torch=={torch.__version__.split('+')[0]} --index-url {CUDA_WHEELS} "
-        "(cards older than the RTX 20 series: cu126)."
+    return UnusedGpu(
+        f"This machine has an NVIDIA GPU, but torch {version} is built for the CPU only.",
+        f"pip install --force-reinstall --no-deps torch=={number} --index-url {CUDA_WHEELS} "
+        "(cards older than the RTX 20 series: cu126).",
     )
 
 

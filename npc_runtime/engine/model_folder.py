@@ -13,12 +13,11 @@ from typing import Any
 from npc_kernels.quant import BaseWeight
 from torch import Tensor
 
+from npc_runtime.engine.base_folder import INDEX
 from npc_runtime.engine.checkpoints import to_parts
 from npc_runtime.engine.embedded import put_in_place
 
-__all__ = ["INDEX", "ModelFolder"]
-
-INDEX = "model.safetensors.index.json"
+__all__ = ["ModelFolder"]
 
 SHARD_BYTES = 1 << 30
 """Tensors that are held back until they are written."""

@@ -21,11 +21,12 @@ import torch
 from npc_kernels.quant import GROUPS, BaseWeight, Int4Weight, Int8Weight, quantize_int4, quantize_int8, relative_error
 from torch import Tensor
 
+from npc_runtime.engine.base_folder import INDEX, weight_files
 from npc_runtime.engine.checkpoints import OWN_FORMAT, OWN_METHOD, read_scheme
 from npc_runtime.engine.embedded import OnProgress, cache_folder, sweep
 from npc_runtime.engine.model import Kernels, ModelShape
-from npc_runtime.engine.model_folder import INDEX, ModelFolder
-from npc_runtime.engine.weights import BaseInfo, place_weights, read_config, read_weights, weight_files
+from npc_runtime.engine.model_folder import ModelFolder
+from npc_runtime.engine.weights import BaseInfo, place_weights, read_config, read_weights
 from npc_runtime.errors import StartupError
 
 __all__ = [
