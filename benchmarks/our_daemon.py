@@ -73,7 +73,7 @@ class Daemon:
         """Start the daemon with a persona for each adapter and connect. Raises `Skipped`."""
         personas = self.place.root / "personas"
         _write_personas(personas, self.place, cell)
-        options = ["--port", "0", "--base", str(self.place.base), "--personas", str(personas), "--project", "bench"]
+        options = ["--port", "0", "--base", str(self.place.base), "--personas", str(personas), "--log-file", "-"]
         command = [sys.executable, "-P", "-m", "npc_runtime", "serve", *options]
         env = {"XDG_RUNTIME_DIR": str(self.place.root)}
         self.group = Group(command, log=self.place.log(self.name), env=env)

@@ -114,6 +114,10 @@ class GreenRoom:
     def __len__(self) -> int:
         return len(self._places)
 
+    def num_present(self, *, besides: str | None) -> int:
+        """Casts whose connection is there, not counting the one of this name."""
+        return sum(place.owner is not None for name, place in self._places.items() if name != besides)
+
     def arrive(self, owner: object, resume: str | None, now: float) -> Arrival:
         """Give a connection the cast that it had, also if another still has it, or else a new one."""
         self._expire(now)

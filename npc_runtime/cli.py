@@ -6,7 +6,6 @@ Nothing heavy is imported before a command runs, so that `--help` answers at onc
 import json
 import logging
 import os
-import signal
 import sys
 from dataclasses import asdict
 from enum import StrEnum
@@ -19,7 +18,7 @@ from npc_runtime import __version__
 from npc_runtime.adapter_commands import adapter_app
 from npc_runtime.daemon_commands import chat, doctor, top
 from npc_runtime.engine.embedded import EMBEDDED_BASE
-from npc_runtime.errors import EngineDied, NpcError
+from npc_runtime.errors import NpcError
 from npc_runtime.options import (
     DEFAULT_PORT,
     AsJson,
@@ -32,6 +31,7 @@ from npc_runtime.options import (
     prepare_process,
 )
 from npc_runtime.persona_commands import persona_app
+from npc_runtime.stopping import was_asked_to_stop
 
 if TYPE_CHECKING:
     from npc_runtime.train import Epoch
@@ -75,6 +75,15 @@ class Quantize(StrEnum):
     NONE = "none"
 
 
+class LogLevel(StrEnum):
+    """What is left out of the log."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
 DTypeOption = Annotated[DType, typer.Option(help="auto: bfloat16 where the hardware multiplies it.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads; default: physical cores, of more than four all but one.")
@@ -106,7 +115,28 @@ def serve(
         typer.Option(help="auto: 4 bits on a GPU for a base of a billion weights or more that has none of its own."),
     ] = Quantize.AUTO,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Accept clients without a token (loopback only).")] = False,
-    project: Project = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A name besides its own that the daemon is called by; may be given again."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Whose web pages may connect besides the daemon's own, with the token: http://localhost:8080.",
+        ),
+    ] = None,
+    project: Annotated[
+        str | None, typer.Option(help="Name of the runtime file, of one daemon at a time; default from --personas.")
+    ] = None,
+    owner_pid: Annotated[
+        int | None, typer.Option(metavar="PID", min=1, help="End when this process is gone, whatever ended it.")
+    ] = None,
+    log_file: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Default: in the user's log folder; - is stderr alone, and needs a reader."),
+    ] = None,
+    log_level: Annotated[LogLevel, typer.Option()] = LogLevel.INFO,
     adapter_memory: Annotated[
         int | None,
         typer.Option(
@@ -135,41 +165,39 @@ def serve(
     ] = 64,
 ) -> None:
     """Run the daemon until Ctrl-C. Its first line on stdout says port and token, as JSON."""
-    from npc_runtime.console import progress_bars, stderr
-    from npc_runtime.daemon import run_daemon
-    from npc_runtime.loading import Settings
+    from npc_runtime.daemon_process import DaemonProcess, LogOptions, run_process
+    from npc_runtime.discovery import project_of
+
+    def run(process: DaemonProcess) -> None:
+        from npc_runtime.console import progress_bars, stderr
+        from npc_runtime.daemon import run_daemon
+        from npc_runtime.loading import Settings
+        from npc_runtime.logs import logged_progress
+
+        settings = Settings(
+            base=base,
+            personas=folder,
+            host=host,
+            port=port,
+            dtype=dtype.value,
+            threads=threads,
+            deterministic=deterministic,
+            quantize=quantize.value,
+            needs_token=not no_auth,
+            adapter_mib=adapter_memory,
+            kv_mib=kv_memory,
+            gpu_mib=gpu_memory,
+            max_adapter_rank=max_adapter_rank,
+            allowed_hosts=tuple(allow_host or ()),
+            allowed_origins=tuple(allow_origin or ()),
+        )
+        console = stderr()
+        run_daemon(settings, process, lambda: progress_bars(console) if console.is_terminal else logged_progress())
 
     prepare_process()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("websockets").setLevel(logging.ERROR)
-    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # counts changes; what they meant is logged by us
-    logging.raiseExceptions = False  # a spawner may close the pipe that stderr is
-    settings = Settings(
-        base=base,
-        personas=personas or default_personas(),
-        host=host,
-        port=port,
-        dtype=dtype.value,
-        threads=threads,
-        deterministic=deterministic,
-        quantize=quantize.value,
-        needs_token=not no_auth,
-        project=project,
-        adapter_mib=adapter_memory,
-        kv_mib=kv_memory,
-        gpu_mib=gpu_memory,
-        max_adapter_rank=max_adapter_rank,
-    )
-    status = 0
-    try:
-        run_daemon(settings, lambda: progress_bars(stderr()))
-    except EngineDied as error:
-        typer.echo(f"npc-runtime: {error}", err=True)
-        status = 1
-    logging.shutdown()
-    # All is closed. Taking torch apart would cost another second of the two that a stop may take, and may never end
-    # with a device that does not answer.
-    os._exit(status)
+    folder = personas or default_personas()
+    options = LogOptions(log_file, logging.getLevelNamesMapping()[log_level.value.upper()])
+    os._exit(run_process(run, project=project or project_of(folder), owner_pid=owner_pid, log=options))
 
 
 @app.command()
@@ -246,6 +274,24 @@ def bench(
             )
         )
     typer.echo(result.to_json() if as_json else result.to_text())
+
+
+@app.command()
+def page(
+    is_opened: Annotated[bool, typer.Option("--open", help="Open it in the browser instead of printing it.")] = False,
+    project: Annotated[str | None, typer.Option(help="Name of the runtime file; default from --personas.")] = None,
+    personas: Personas = None,
+) -> None:
+    """Print the link of the running daemon's status page; whoever has it can use the daemon."""
+    from npc_runtime.discovery import project_of
+    from npc_runtime.page_link import find_link, open_link
+
+    name = project or project_of(personas or default_personas())
+    link = find_link(name, f"project '{project}'" if project else f"personas {personas or default_personas()}")
+    if is_opened:
+        open_link(link, name)
+    else:
+        typer.echo(link)
 
 
 @app.command("quantize")
@@ -386,8 +432,8 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
-            sys.exit(0)  # asked to stop: native code (safetensors) may turn the SystemExit into an error of its own
+        if was_asked_to_stop():
+            sys.exit(0)
         if not isinstance(error, NpcError):
             raise
         typer.echo(f"npc-runtime: {error}", err=True)

@@ -16,6 +16,7 @@ from npc_runtime import protocol as wire
 from npc_runtime.effects import (
     Close,
     Configure,
+    Dropped,
     Effect,
     ManagePersona,
     Send,
@@ -28,6 +29,7 @@ from npc_runtime.effects import (
 )
 from npc_runtime.engine.core import Ended, Spoken, Started
 from npc_runtime.errors import InternalError, WireError
+from npc_runtime.gate import HELLO_TIMEOUT_S
 from npc_runtime.recording import Recorder
 from npc_runtime.session import Session
 
@@ -38,7 +40,6 @@ __all__ = ["Connection"]
 
 logger = logging.getLogger(__name__)
 
-HELLO_TIMEOUT_S = 5.0
 SEND_TIMEOUT_S = 10.0
 MAX_OUTBOX = 2_048  # messages; more than all ends of a full connection
 CONGESTED_OUTBOX = 16  # from here on deltas wait and merge
@@ -55,6 +56,7 @@ class Connection:
         self.session = session
         self._number = number
         self.opened_at = time.monotonic()
+        self._was_let_in = False
         self._socket = socket_
         self._server = server
         self._outbox: asyncio.Queue[wire.ServerMessage | Close] = asyncio.Queue(MAX_OUTBOX)
@@ -100,7 +102,8 @@ class Connection:
         """Do what the session asks for."""
         for effect in effects:
             match effect:
-                case Send(message):
+                case Send(message, persona):
+                    self._server.metrics.sent(message, persona)
                     self._enqueue(message)
                 case Close():
                     self._enqueue(effect)
@@ -115,6 +118,8 @@ class Connection:
     def _ask_server(self, effect: Effect) -> None:
         """Hand on what concerns the whole daemon."""
         match effect:
+            case Dropped(personas):
+                self._server.metrics.lines_dropped(personas)
             case SendStatus(re):
                 self.perform(self.session.reply(re, self._server.status()))
             case Configure(re, max_tokens_per_s, paused):
@@ -167,6 +172,9 @@ class Connection:
             self.perform(self.session.fail(None, error))
         if self.session.has_said_hello and not had_said_hello:
             session = self.session
+            self._was_let_in = True
+            self._server.gate.leave(self._socket.transport)
+            self._server.metrics.connection_opened(session.subprotocol)
             logger.info("opened session=%s client=%r subprotocol=%s", session.name, session.client, session.subprotocol)
 
     def _record_frame(self, recorder: Recorder, frame: bytes | str) -> None:
@@ -178,6 +186,8 @@ class Connection:
             while True:
                 message = await self._outbox.get()
                 if isinstance(message, Close):
+                    if message.code == wire.CloseCode.AUTH:
+                        await asyncio.sleep(self._server.gate.delay_wrong_token(time.monotonic()))
                     await self._socket.close(message.code, message.reason)
                     return
                 async with asyncio.timeout(SEND_TIMEOUT_S):
@@ -222,5 +232,7 @@ class Connection:
         self.perform(self.session.tick(time.monotonic()))
 
     def _log_end(self) -> None:
+        metrics = self._server.metrics
+        (metrics.connection_closed if self._was_let_in else metrics.connection_refused)(self._socket.close_code)
         seconds = time.monotonic() - self.opened_at
         logger.info("closed session=%s code=%s seconds=%.1f", self.session.name, self._socket.close_code, seconds)

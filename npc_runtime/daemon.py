@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from npc_runtime import __version__
-from npc_runtime.discovery import Endpoint, project_of, remove_endpoint, write_endpoint
+from npc_runtime.daemon_process import DaemonProcess
+from npc_runtime.discovery import Endpoint, remove_endpoint, write_endpoint
 from npc_runtime.door import Door
 from npc_runtime.engine.adapters import AdapterStore
 from npc_runtime.engine.core import EngineConfig
@@ -24,6 +25,7 @@ from npc_runtime.engine.embedded import OnProgress
 from npc_runtime.engine.engine import Engine
 from npc_runtime.engine.faults import is_device_error
 from npc_runtime.errors import StartupError
+from npc_runtime.gate import Gate
 from npc_runtime.handover import Handover
 from npc_runtime.loading import (
     LoadedBase,
@@ -37,10 +39,12 @@ from npc_runtime.loading import (
     make_store,
 )
 from npc_runtime.persona import Library
+from npc_runtime.persona_folder import PersonaFolder
 from npc_runtime.protocol import PROTOCOL_VERSION, BaseModelInfo
 from npc_runtime.reload import PersonaWatch
 from npc_runtime.server import NpcServer
 from npc_runtime.stage import DaemonInfo, Stage
+from npc_runtime.stopping import stop_signals
 
 __all__ = ["run_daemon"]
 
@@ -52,15 +56,18 @@ SIGNAL_S = 0.02
 """In that time the loop has seen a signal that came before."""
 
 
-def run_daemon(settings: Settings, progress: Callable[[], AbstractContextManager[OnProgress]]) -> None:
-    """Load everything, serve until SIGINT or SIGTERM. `progress` is entered only while there is something to show.
+def run_daemon(
+    settings: Settings, process: DaemonProcess, progress: Callable[[], AbstractContextManager[OnProgress]]
+) -> None:
+    """Load everything, serve until the process is asked to stop. `progress` is entered while there is some to show.
 
     If the engine thread dies, a new process takes the place of this one, and the runtime file stays for it. Raises
     `StartupError` before anything is served, and `EngineDied` if there can be no new process.
     """
     try:
-        successor = _load_and_serve(settings, Handover.take(), progress)
+        successor = _load_and_serve(settings, process, progress)
         if successor is not None:
+            process.log.flush()
             successor.replace_process()
     except RuntimeError as error:
         if not is_device_error(error):
@@ -71,11 +78,11 @@ def run_daemon(settings: Settings, progress: Callable[[], AbstractContextManager
             "Look at its driver, or restart it; CUDA_VISIBLE_DEVICES=-1 hides the GPU, and the CPU computes.",
         ) from error
     finally:
-        remove_endpoint(_project_of(settings), os.getpid())
+        remove_endpoint(process.project, os.getpid())
 
 
 def _load_and_serve(
-    settings: Settings, taken: Handover | None, progress: Callable[[], AbstractContextManager[OnProgress]]
+    settings: Settings, process: DaemonProcess, progress: Callable[[], AbstractContextManager[OnProgress]]
 ) -> Handover | None:
     """Serve on the port that was taken over, or on a new one; returns what the next process takes over, if any."""
     torch.set_num_threads(settings.threads or choose_threads())
@@ -83,9 +90,12 @@ def _load_and_serve(
     library = load_library(settings.personas)
     if settings.host not in LOOPBACK and not settings.needs_token:
         raise StartupError(f"--no-auth is refused on {settings.host}.", "Only loopback may go without a token.")
-    handover = taken or Handover(_bind(settings.host, settings.port), _new_token(settings))
+    handover = process.taken or _open_port(settings, process)
+    if handover.token is not None:
+        process.log.hide(handover.token)
     limit_gpu(settings)
     with handover.sock:
+        gate = _make_gate(settings, handover.sock.getsockname()[1])
         with progress() as on_progress:
             base = load_base(
                 settings.base,
@@ -98,12 +108,17 @@ def _load_and_serve(
         adapters = make_store(base.decoder.shape, base.device, config, base.info.folder)
         load_adapters(adapters, library, base.info.name)
         config = fit_gpu(settings, base, adapters, config)
-        door = Door(token=handover.token, project=_project_of(settings))
-        server = NpcServer(door=door, version=__version__, host=settings.host, port=handover.sock.getsockname()[1])
+        door = Door(token=handover.token, project=process.project, owner_pid=process.owner_pid)
+        personas = PersonaFolder(settings.personas)
+        server = NpcServer(gate=gate, door=door, personas=personas, version=__version__)
         # Not on the loop: what takes long must end at once when Ctrl-C asks for it.
         engine = _make_engine(base, adapters, config, server, progress)
         info = _make_info(base, config)
-        return asyncio.run(_serve(settings, handover, base, info, library, server, engine, loaded_at))
+        return asyncio.run(_serve(settings, process, handover, base, info, library, server, engine, loaded_at))
+
+
+def _make_gate(settings: Settings, port: int) -> Gate:
+    return Gate(settings.host, port, allowed_hosts=settings.allowed_hosts, allowed_origins=settings.allowed_origins)
 
 
 def _make_info(base: LoadedBase, config: EngineConfig) -> DaemonInfo:
@@ -139,6 +154,7 @@ def _make_engine(
 
 async def _serve(
     settings: Settings,
+    process: DaemonProcess,
     handover: Handover,
     base: LoadedBase,
     info: DaemonInfo,
@@ -157,16 +173,20 @@ async def _serve(
             info, library, lambda messages: base.tokenizer.render(messages).token_ids, new_request_id, new_seed
         ),
     )
-    endpoint = Endpoint(port, os.getpid(), handover.token, PROTOCOL_VERSION, base.info.name)
+    log_file = None if process.log.path is None else str(process.log.path)
+    endpoint = Endpoint(port, os.getpid(), handover.token, PROTOCOL_VERSION, base.info.name, log_file)
     if not handover.replaced_at:  # the first line on stdout is still true, and whoever read it expects no second one
         _announce(endpoint)
-    path = _write_runtime_file(_project_of(settings), endpoint)
+    path = _write_runtime_file(process.project, endpoint)
     if settings.host not in LOOPBACK:
         logger.warning("bound to %s: other machines can connect, with the token", settings.host)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
     logger.info(
-        "%s on %s, %d personas; ws://%s:%d/v1; token and port in %s; Ctrl-C stops",
-        *(base.info.name, base.device.name, len(library), settings.host, port, path),
+        "%s on %s, %d personas; ws://%s:%d/v1; token and port in %s; log: %s; Ctrl-C stops",
+        *(base.info.name, base.device.name, len(library), host, port, path, log_file or "stderr"),
     )
+    logger.info("status page: http://%s:%d/ (npc-runtime page prints a link that opens it)", host, port)
+    process.log.settle()
     watch = PersonaWatch(
         library,
         settings.personas,
@@ -182,22 +202,20 @@ async def _serve(
         if engine.has_died and not asked.is_set():
             successor = handover.successor()
     finally:
-        logger.info("stopping" if successor is None else "a new process takes over")
+        logger.info("stopping: %s", process.why_it_stops if successor is None else "a new process takes over")
         if successor is None:
-            remove_endpoint(_project_of(settings), os.getpid())
-        await server.close("the daemon was stopped" if successor is None else "the daemon restarts; connect again")
+            remove_endpoint(process.project, os.getpid())
+        await server.close(process.why_it_stops if successor is None else "the daemon restarts; connect again")
     if successor is not None:
         restore_signals()  # one that comes from here on ends the process wherever it is
         await asyncio.sleep(SIGNAL_S)
     return None if asked.is_set() else successor
 
 
-def _project_of(settings: Settings) -> str:
-    return settings.project or project_of(settings.personas)
-
-
-def _new_token(settings: Settings) -> str | None:
-    return secrets.token_urlsafe(24) if settings.needs_token else None
+def _open_port(settings: Settings, process: DaemonProcess) -> Handover:
+    token = secrets.token_urlsafe(24) if settings.needs_token else None
+    lock_fd = None if process.lock is None else process.lock.fd
+    return Handover(_bind(settings.host, settings.port), token, lock_fd=lock_fd)
 
 
 def _write_runtime_file(project: str, endpoint: Endpoint) -> Path | None:
@@ -209,6 +227,8 @@ def _write_runtime_file(project: str, endpoint: Endpoint) -> Path | None:
 
 
 def _announce(endpoint: Endpoint) -> None:
+    if sys.stdout is None:  # started without any
+        return
     try:
         sys.stdout.write(endpoint.to_json() + "\n")
         sys.stdout.flush()
@@ -217,9 +237,9 @@ def _announce(endpoint: Endpoint) -> None:
 
 
 def _stop_on_signals(*events: asyncio.Event) -> Callable[[], None]:
-    """Set the events on SIGINT and SIGTERM. What is returned puts back the handlers that were there before."""
+    """Set the events when asked to stop. What is returned puts back the handlers that were there before."""
     loop = asyncio.get_running_loop()
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = stop_signals()
     before = [(number, signal.getsignal(number)) for number in numbers]
 
     def set_all() -> None:

@@ -1,7 +1,6 @@
 """`npc-runtime chat` and `top`, for the daemon that runs, and `npc-runtime doctor`, before one does."""
 
 import logging
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -189,4 +188,4 @@ def _prepare_daemon(persona: str, folder: Path, base: str) -> list[str]:
     Library.load(folder).find(persona)
     with progress_bars(stderr()) as report:
         resolve_base(base, report)
-    return serve_options(base=base, personas=folder, project=f"chat-{os.getpid()}")
+    return serve_options(base=base, personas=folder, project="chat")

@@ -182,11 +182,13 @@ class Dialogue:
         self._refusal = reason
         return self._end_held(self._turns.held, EndReason.CANCELLED, now)
 
-    def drop(self) -> None:
-        """Forget everything; nobody is left to be told."""
+    def drop(self) -> tuple[str | None, ...]:
+        """Forget everything; nobody is left to be told. Returns whose lines those were."""
+        personas = tuple(_persona_of(line) for line in self._lines.values())
         for known in (self._lines, self._by_request, self._batches):
             known.clear()
         self._turns.clear()
+        return personas
 
     def check_room(self, num_others: int = 0) -> None:
         """Raise `OverloadError` if nothing more can be taken; `num_others` count beside the lines."""
@@ -255,7 +257,7 @@ class Dialogue:
         batch.num_failed += not is_ok
         message = line_end(line, event)
         self._log(line, message)
-        effects.append(Send(message))
+        effects.append(Send(message, _persona_of(line)))
         if event.reason == EndReason.OVERLOAD:
             said = event.error.message if event.error else "A line could not be taken."
             effects.append(Send(wire.Event(kind="overload", message=said)))
@@ -321,6 +323,11 @@ def _remember(line: Line, reply: str) -> None:
         return
     if npc.history.epoch == line.epoch:
         npc.history.remember(line.said, reply)
+
+
+def _persona_of(line: Line) -> str | None:
+    """Whose line it is; a draft's name is the client's, and no persona of the daemon's."""
+    return line.persona.id if line.request.draft is None else None
 
 
 def _unstarted(line: Line, reason: EndReason, now: float, error: WireError | None) -> Ended:

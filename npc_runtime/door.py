@@ -5,7 +5,10 @@ import hmac
 from npc_runtime import protocol as wire
 from npc_runtime.cast import GreenRoom
 
-__all__ = ["Door"]
+__all__ = ["MAX_CONNECTIONS", "Door"]
+
+MAX_CONNECTIONS = 16
+"""Of clients that were let in; who has said nothing yet takes no place (`gate`)."""
 
 
 class Door:
@@ -28,4 +31,6 @@ class Door:
             return wire.CloseCode.AUTH, f"{what} It is in the daemon's first line and runtime file."
         if hello.project is not None and hello.project != self.project:
             return wire.CloseCode.PROTOCOL, f"This daemon serves the project {self.project}, not {hello.project}."
+        if self.casts.num_present(besides=hello.resume) >= MAX_CONNECTIONS:
+            return wire.CloseCode.TOO_MANY, f"{MAX_CONNECTIONS} connections are open already"
         return None

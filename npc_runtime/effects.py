@@ -8,8 +8,10 @@ from npc_runtime.line import Job
 __all__ = [
     "Close",
     "Configure",
+    "Dropped",
     "Effect",
     "ManagePersona",
+    "PersonaMessage",
     "Send",
     "SendStatus",
     "Shutdown",
@@ -22,9 +24,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a message."""
+    """Send a message; of a `line.end`, `persona` is whose line it was, if the daemon has that persona."""
 
     message: wire.ServerMessage
+    persona: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,13 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Dropped:
+    """Note that lines of these personas get no end, since their client is gone."""
+
+    personas: tuple[str | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Configure:
     """Note what this connection wishes of the engine's pace, and hand what holds now to `Session.reply`."""
 
@@ -57,11 +67,14 @@ class Configure:
     paused: bool
 
 
+PersonaMessage = wire.PersonaGet | wire.PersonaPut | wire.PersonaValidate | wire.PersonaDelete
+
+
 @dataclass(frozen=True, slots=True)
 class ManagePersona:
     """Read or write a persona's file, and hand what came of it to `Session.reply` or `Session.fail`."""
 
-    message: wire.PersonaGet | wire.PersonaPut | wire.PersonaValidate | wire.PersonaDelete
+    message: PersonaMessage
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,4 +104,4 @@ class Close:
     reason: str
 
 
-Effect = Send | SendStatus | Submit | Stop | Configure | ManagePersona | Watch | Supersede | Shutdown | Close
+Effect = Send | SendStatus | Submit | Stop | Dropped | Configure | ManagePersona | Watch | Supersede | Shutdown | Close

@@ -59,13 +59,14 @@ class Settings:
     dtype: DTypeName
     threads: int | None
     needs_token: bool
-    project: str | None
     deterministic: bool = False
     quantize: Quantize = "auto"
     adapter_mib: int | None = None  # None: `EngineConfig`'s
     kv_mib: int | None = None  # None: `EngineConfig`'s, but at most MAX_DEFAULT_KV_BYTES
     gpu_mib: int | None = None  # of everything on the GPU; None: no bound but what is free
     max_adapter_rank: int | None = None  # None: `EngineConfig`'s
+    allowed_hosts: tuple[str, ...] = ()  # names the daemon goes by besides its own
+    allowed_origins: tuple[str, ...] = ()  # whose web pages may connect besides its own
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 import io
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from npc_runtime.engine.hub import stay_offline
+from npc_runtime.stopping import leave_when_asked
 
 __all__ = [
     "DEFAULT_PORT",
@@ -47,7 +47,7 @@ def prepare_process() -> None:
     from npc_kernels.openmp import sleep_while_waiting
 
     sleep_while_waiting()
-    signal.signal(signal.SIGTERM, _stop)
+    leave_when_asked()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
     stay_offline()
@@ -60,9 +60,3 @@ def default_personas() -> Path:
     from npc_runtime.persona import shipped_personas
 
     return Path("personas") if Path("personas").is_dir() else shipped_personas()
-
-
-def _stop(*_: object) -> None:
-    """Leave through all `finally`s, so that what is half done is cleaned up."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(0)

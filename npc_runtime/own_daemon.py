@@ -1,7 +1,7 @@
 """A daemon of a command's own: started as a process, and stopped when the command is over."""
 
 import asyncio
-import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -62,7 +62,7 @@ def _wait_for_endpoint(process: subprocess.Popen[str], log: Any) -> Endpoint:
     try:
         line = process.stdout.readline()
         if line:
-            return Endpoint(**json.loads(line))
+            return Endpoint.from_json(line)
         process.wait()
     finally:
         timer.cancel()
@@ -74,6 +74,8 @@ def _wait_for_endpoint(process: subprocess.Popen[str], log: Any) -> Endpoint:
 def serve_options(
     *, base: str, personas: Path, project: str, dtype: str = "auto", threads: int | None = None
 ) -> list[str]:
-    """The daemon's command-line options for these settings."""
-    options = ["--base", base, "--dtype", dtype, "--project", project, "--personas", str(personas)]
+    """The command-line options of a daemon that is this process's alone, and does not outlive it."""
+    me = str(os.getpid())
+    own = ["--project", f"{project}-{me}", "--owner-pid", me, "--log-file", "-"]
+    options = ["--base", base, "--dtype", dtype, "--personas", str(personas), *own]
     return options + (["--threads", str(threads)] if threads else [])

@@ -19,10 +19,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
-from npc_runtime.document import Document, DocumentError, change_document, read_document, write_document
+from npc_runtime.document import DocumentError, read_document
+from npc_runtime.document_change import change_document, write_document
 from npc_runtime.errors import PersonaInvalid, PersonaUnknown, StartupError, WireError
+from npc_runtime.problems import LineOf, Problem, problem_of, problems_of
 from npc_runtime.prompt import Context, Message, Prompt, build_prompt
 from npc_runtime.schema import (
     MAX_TEXT,
@@ -39,16 +41,23 @@ from npc_runtime.schema import (
     Sampling,
     Text,
     Voice,
-    find_reason,
-    find_remedy,
 )
 from npc_runtime.whole_file import replace_file
 
-__all__ = ["FILE_NAME", "Library", "Persona", "find_problems", "shipped_personas"]
+__all__ = [
+    "FILE_NAME",
+    "Library",
+    "Persona",
+    "Reading",
+    "find_problems",
+    "read_bytes",
+    "read_fields",
+    "read_file",
+    "shipped_personas",
+]
 
 SCHEMA_VERSION = 1
 FILE_NAME = "persona.yaml"
-MAX_PROBLEMS = 50
 MAX_READ = 1 << 20  # more than a document may have, so that too much is noticed and never held
 
 
@@ -188,12 +197,12 @@ class Persona(Part):
     @classmethod
     def load(cls, folder: Path) -> "Persona":
         """Read `folder/persona.yaml`. Raises `PersonaInvalid` naming file, line and field of the first problem."""
-        return _read(folder).usable()
+        return cls.parse(read_bytes(folder), folder)
 
     @classmethod
     def parse(cls, data: bytes, folder: Path) -> "Persona":
         """Read what `folder/persona.yaml` would say. Raises as `load`."""
-        return _parse(folder, data).usable()
+        return read_file(data, folder).usable(folder / FILE_NAME)
 
     def save(self, folder: Path) -> Path:
         """Write `folder/persona.yaml`: into a file that is there only what changed, its comments and order kept.
@@ -201,29 +210,46 @@ class Persona(Part):
         Raises `PersonaInvalid` if the file locks a field that would change, or if it is no YAML.
         """
         path = folder / FILE_NAME
-        wanted = self.to_document()
-        data = write_document(wanted)
-        if path.is_file():
-            old = _read_bytes(path)
-            before = _read_document(path, old)
-            raw = before.value if isinstance(before.value, dict) else {}
-            changed = {key for key in {**raw, **wanted} if self._differs(key, raw, wanted)}
-            if locked := sorted(changed & set(_texts(raw.get("locked")))):
-                raise PersonaInvalid(
-                    f"{path}, line {before.line_of((locked[0],))}: '{locked[0]}' is locked.",
-                    "Take it off the list 'locked' first.",
-                )
-            data = change_document(old, wanted, changed) if raw else data
+        data = self.to_file(path, read_bytes(folder) if path.is_file() else None)
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(path, data)
         return path
 
-    def _differs(self, key: str, raw: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-        if key not in raw:
-            default = type(self)(schema=1, id="x", display_name="x", bio="x")
-            return bool(wanted[key] != default.model_dump(mode="json", by_alias=True).get(key))
+    def to_file(self, path: Path, old: bytes | None) -> bytes:
+        """What `save` writes to `path`, where `old` is. Raises as `save`."""
+        wanted = self.to_document()
+        if old is None:
+            return write_document(wanted)
         try:
-            told = type(self).model_validate({"schema": 1, "id": "x", "display_name": "x", "bio": "x", key: raw[key]})
+            before = read_document(old)
+        except DocumentError as error:
+            raise problem_of(error).error(path) from error
+        raw = before.value if isinstance(before.value, dict) else {}
+        for problem in self.find_locked(raw, before.line_of):
+            raise problem.error(path)
+        return change_document(old, wanted, self.changed_fields(raw)) if raw else write_document(wanted)
+
+    def changed_fields(self, raw: Mapping[str, Any]) -> set[str]:
+        """The fields that say something else than those of a file."""
+        wanted = self.to_document()
+        return {key for key in {**raw, **wanted} if self._differs(key, raw, wanted)}
+
+    def find_locked(self, raw: Mapping[str, Any], line_of: LineOf) -> list[Problem]:
+        """The changes to fields that a file locks."""
+        locked = raw["locked"] if isinstance(raw.get("locked"), list) else []
+        return [
+            Problem((name,), f"'{name}' is locked", "Take it off the list 'locked' first.", line_of((name,)))
+            for name in sorted(self.changed_fields(raw))
+            if name in locked
+        ]
+
+    def _differs(self, key: str, raw: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+        least = {"schema": 1, "id": "x", "display_name": "x", "bio": "x"}
+        if key not in raw:
+            default = type(self).model_validate(least).model_dump(mode="json", by_alias=True)
+            return key in least or bool(wanted[key] != default.get(key))
+        try:
+            told = type(self).model_validate({**least, key: raw[key]})
         except ValidationError:
             return True
         return key not in wanted or bool(told.to_document()[key] != wanted[key])
@@ -301,87 +327,58 @@ class Library:
         return self._personas[persona_id]
 
 
-def find_problems(folder: Path) -> list[PersonaInvalid]:
-    """Everything that is wrong with `folder/persona.yaml`, in the order of the file."""
-    return _read(folder).problems
+class Reading(NamedTuple):
+    """A document as far as it can be read: its fields if it is a map, a persona if they fit, and all problems."""
 
-
-def shipped_personas() -> Path:
-    """The folder of the personas that come with the program."""
-    installed = Path(__file__).parent / "personas"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "personas"
-
-
-class _Reading(NamedTuple):
-    """A file as far as it can be read: a persona, if nothing is wrong with its fields, and all problems."""
-
+    fields: dict[str, Any] | None
     persona: Persona | None
-    problems: list[PersonaInvalid]
+    problems: list[Problem]
 
-    def usable(self) -> Persona:
+    def usable(self, file: Path | None = None) -> Persona:
         """The persona. Raises the first problem, and says how many more there are."""
         if self.persona is not None and not self.problems:
             return self.persona
         first, *more = self.problems
-        raise PersonaInvalid(
-            first.message, first.hint + (f" ({len(more)} more: npc-runtime persona check)" if more else "")
-        )
+        tool = "npc-runtime persona check" if file else "persona.validate"
+        error = first.error(file)
+        raise PersonaInvalid(error.message, error.hint + (f" ({len(more)} more: {tool})" if more else ""))
 
 
-def _read(folder: Path) -> _Reading:
+def read_file(data: bytes, folder: Path) -> Reading:
+    """Read what `folder/persona.yaml` says."""
     try:
-        return _parse(folder, _read_bytes(folder / FILE_NAME))
-    except PersonaInvalid as error:
-        return _Reading(None, [error])
+        document = read_document(data)
+    except DocumentError as error:
+        return Reading(None, None, [problem_of(error)])
+    return read_fields(document.value, folder, document.line_of)
 
 
-def _parse(folder: Path, data: bytes) -> _Reading:
-    path = folder / FILE_NAME
-    try:
-        document = _read_document(path, data)
-    except PersonaInvalid as error:
-        return _Reading(None, [error])
-    fields = document.value
+def read_fields(fields: Any, folder: Path | None, line_of: LineOf = lambda path: None) -> Reading:
+    """Read the fields of a document; the persona's id is to be the folder's name, if there is one."""
     if not isinstance(fields, dict):
-        what = PersonaInvalid(f"{path}: the document is not a map of fields.", "Start it with 'schema: 1'.")
-        return _Reading(None, [what])
+        return Reading(None, None, [Problem((), "the document is not a map of fields", "Start it with 'schema: 1'.")])
     version = fields.get("schema")
     if type(version) is int and version > SCHEMA_VERSION:
-        newer = PersonaInvalid(
-            f"{path}, line {document.line_of(('schema',))}: schema {version} is newer than this program reads "
-            f"({SCHEMA_VERSION}).",
-            "Update npc-runtime, or save the persona for the older schema.",
-        )
-        return _Reading(None, [newer])
-    problems = []
-    if isinstance(fields.get("id"), str) and fields["id"] != folder.name:
-        problems.append(
-            (
-                document.line_of(("id",)),
-                f"id '{fields['id'][:64]}' is not the folder's name '{folder.name}'",
-                "Rename one of them.",
-            )
-        )
+        what = f"schema {version} is newer than this program reads ({SCHEMA_VERSION})"
+        remedy = "Update npc-runtime, or save the persona for the older schema."
+        return Reading(fields, None, [Problem(("schema",), what, remedy, line_of(("schema",)))])
+    problems: list[Problem] = []
+    if folder is not None and isinstance(fields.get("id"), str) and fields["id"] != folder.name:
+        what = f"id '{fields['id'][:64]}' is not the folder's name '{folder.name}'"
+        problems = [Problem(("id",), what, "Rename one of them.", line_of(("id",)))]
     persona = None
     try:
         persona = Persona.model_validate(fields)
-        persona._folder = folder
+        persona._folder = folder or Path()
     except ValidationError as error:
-        for each in error.errors(include_url=False)[:MAX_PROBLEMS]:
-            field = ".".join(str(part)[:64] for part in each["loc"]) or "the document"
-            reason = find_reason(each).removesuffix(".")
-            problems.append((_line_of(document, each), f"{field}: {reason}", find_remedy(each, Persona)))
-    problems.sort(key=lambda problem: (problem[0], "is missing" in problem[1]))  # what is misspelled comes first
-    return _Reading(persona, [_invalid(f"{path}, line {line}: {what}.", how) for line, what, how in problems])
+        problems += problems_of(error, fields, Persona, line_of)
+    problems.sort(key=lambda problem: (problem.line or 0, "is missing" in problem.what))  # misspelled names come first
+    return Reading(fields, persona, problems)
 
 
-def _invalid(what: str, remedy: str) -> PersonaInvalid:
-    """A problem in words that can be sent: what a file says may be half a character."""
-    what, remedy = (text.encode(errors="backslashreplace").decode() for text in (what, remedy))
-    return PersonaInvalid(what, remedy)
-
-
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(folder: Path) -> bytes:
+    """The bytes of `folder/persona.yaml`, or enough to see that they are too many. Raises `PersonaInvalid`."""
+    path = folder / FILE_NAME
     try:
         with path.open("rb") as file:
             return file.read(MAX_READ)
@@ -390,20 +387,16 @@ def _read_bytes(path: Path) -> bytes:
         raise PersonaInvalid(f"{path} cannot be read: {reason}.", "Each persona is a folder with this file.") from error
 
 
-def _read_document(path: Path, data: bytes) -> Document:
+def find_problems(folder: Path) -> list[PersonaInvalid]:
+    """Everything that is wrong with `folder/persona.yaml`, in the order of the file."""
     try:
-        return read_document(data)
-    except DocumentError as error:
-        where = f"{path}, line {error.line}" if error.line else f"{path}"
-        raise _invalid(f"{where}: {error.what}.", error.remedy) from error
+        data = read_bytes(folder)
+    except PersonaInvalid as error:
+        return [error]
+    return [problem.error(folder / FILE_NAME) for problem in read_file(data, folder).problems]
 
 
-def _line_of(document: Document, error: ErrorDetails) -> int:
-    path = error["loc"]
-    if path[:1] == ("adapter",) and not isinstance(document.value.get("adapter"), list):
-        path = (path[0], *path[2:])  # one adapter may be written without the list around it
-    return document.line_of(path)
-
-
-def _texts(value: Any) -> list[str]:
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+def shipped_personas() -> Path:
+    """The folder of the personas that come with the program."""
+    installed = Path(__file__).parent / "personas"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "personas"

@@ -76,7 +76,7 @@ def persona_list(personas: Personas = None, as_json: AsJson = False) -> None:
 @persona_app.command("show")
 def persona_show(persona_id: PersonaId, personas: Personas = None, as_json: AsJson = False) -> None:
     """Show everything that is said about a persona, with the values of fields that its file leaves out."""
-    from npc_runtime.document import write_document
+    from npc_runtime.document_change import write_document
 
     prepare_process()
     persona = _load_library(personas).find(persona_id)

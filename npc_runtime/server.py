@@ -1,13 +1,11 @@
-"""The asyncio shell: connections, small HTTP pages, origin and host checks, and the one bridge to the engine thread.
+"""The asyncio shell: connections, and the one bridge to the engine thread.
 
 What is decided about messages is decided in `session`; `connection` performs its effects, here as far as they concern
-more than one connection.
+more than one connection. `gate` says whose sockets are taken, `pages` what plain HTTP is answered.
 """
 
 import asyncio
-import http
 import itertools
-import json
 import logging
 import secrets
 import socket
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
-from websockets.datastructures import Headers
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 from websockets.typing import Subprotocol
@@ -26,6 +23,7 @@ from websockets.typing import Subprotocol
 from npc_runtime import protocol as wire
 from npc_runtime.connection import Connection
 from npc_runtime.door import Door
+from npc_runtime.effects import PersonaMessage
 from npc_runtime.engine.core import (
     Ended,
     EndReason,
@@ -36,8 +34,12 @@ from npc_runtime.engine.core import (
     SamplingParams,
     StepOutput,
 )
-from npc_runtime.errors import DeviceFailed, OverloadError, WireError
+from npc_runtime.errors import DeviceFailed, InternalError, OverloadError, WireError
+from npc_runtime.gate import HELLO_TIMEOUT_S, Gate
 from npc_runtime.line import Job
+from npc_runtime.metrics import Metrics
+from npc_runtime.pages import Health, Pages
+from npc_runtime.persona_folder import PersonaFolder
 from npc_runtime.recording import Recorder
 from npc_runtime.session import Session
 from npc_runtime.stage import Stage
@@ -46,26 +48,26 @@ __all__ = ["NpcServer"]
 
 logger = logging.getLogger(__name__)
 
-CLOSE_TIMEOUT_S = 0.8
-FLUSH_TIMEOUT_S = 0.5
+STOP_TIMEOUT_S, FLUSH_TIMEOUT_S, CLOSE_TIMEOUT_S = 0.8, 0.3, 0.6  # a stop takes less than two seconds
 REPLACE_TIMEOUT_S = 30.0
 STATS_S = 1.0
-MAX_CONNECTIONS = 16
 SEED_BITS = 53
-
-LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
 class NpcServer:
     """All connections of one engine. `start` binds nothing: the caller hands in a bound socket."""
 
-    def __init__(self, *, door: Door, version: str, host: str, port: int) -> None:
+    def __init__(self, *, gate: Gate, door: Door, personas: PersonaFolder, version: str) -> None:
+        self.gate = gate
+        self.metrics = Metrics(lambda: self._health().figures)
         self._door = door
-        self._version = version
-        self._host = host
-        self._port = port
+        self._pages = Pages(
+            gate, self.metrics, version=version, needs_token=door.token is not None, health=self._health
+        )
         self.is_over = asyncio.Event()  # nothing more will be generated
         self._started_at = time.monotonic()
+        self._personas = personas
+        self._tasks: set[asyncio.Task[None]] = set()
         self._engine: LineEngine | None = None
         self._stage: Stage | None = None
         self._server: Server | None = None
@@ -85,8 +87,11 @@ class NpcServer:
         self._server = await serve(
             self._handle,
             sock=sock,
-            process_request=self._process_request,
+            process_request=self._answer,
+            process_response=lambda _, __, response: self._pages.protect(response),
             select_subprotocol=_select_subprotocol,
+            create_connection=_visitors_of(self.gate),
+            open_timeout=HELLO_TIMEOUT_S,
             compression=None,
             close_timeout=CLOSE_TIMEOUT_S,
             ping_interval=None,  # an editor at a breakpoint answers no ping; a dead peer on loopback is reported
@@ -100,6 +105,8 @@ class NpcServer:
         """
         self._engine = engine
         self._stage = make_stage(self._request_ids.__next__, lambda: secrets.randbits(SEED_BITS))
+        info = self._stage.info
+        self.metrics.describe(version=info.version, device=info.device, backend=info.backend, base=info.base.name)
         engine.start()
         self._stats = asyncio.create_task(self._send_stats())
         for connection in self._connections:
@@ -115,8 +122,8 @@ class NpcServer:
         if self._stats is not None:
             self._stats.cancel()
         if self._engine is not None:
-            stopped = asyncio.ensure_future(asyncio.to_thread(self._engine.close, CLOSE_TIMEOUT_S))
-            await asyncio.wait([stopped], timeout=CLOSE_TIMEOUT_S)
+            stopped = asyncio.ensure_future(asyncio.to_thread(self._engine.close, STOP_TIMEOUT_S))
+            await asyncio.wait([stopped], timeout=STOP_TIMEOUT_S)
         await self._flush()
         self._server.close(code=wire.CloseCode.RESTART, reason=reason)
         await asyncio.wait([asyncio.ensure_future(self._server.wait_closed())], timeout=CLOSE_TIMEOUT_S)
@@ -202,10 +209,10 @@ class NpcServer:
 
     def _apply_wishes(self) -> dict[str, Any]:
         assert self._engine is not None
-        rates = [rate for rate, _ in self._wishes.values() if rate is not None]
-        pace = {"max_tokens_per_s": min(rates, default=None), "paused": any(p for _, p in self._wishes.values())}
-        self._engine.configure(**pace)
-        return pace
+        max_tokens_per_s = min((rate for rate, _ in self._wishes.values() if rate is not None), default=None)
+        paused = any(paused for _, paused in self._wishes.values())
+        self._engine.configure(max_tokens_per_s=max_tokens_per_s, paused=paused)
+        return {"max_tokens_per_s": max_tokens_per_s, "paused": paused}
 
     async def replace_adapter(self, name: str, parts: list[tuple[Path, float]]) -> None:
         """Have the engine use new files of an adapter from the next line on. Raises `WireError`: they are not used."""
@@ -253,9 +260,16 @@ class NpcServer:
             if connection.session is session:
                 connection.perform(connection.session.supersede(time.monotonic()))
 
-    def manage_persona(self, connection: Connection, message: wire.ClientMessage) -> None:
-        """Read or write a persona's file."""
-        raise NotImplementedError
+    def manage_persona(self, connection: Connection, message: PersonaMessage) -> None:
+        """Read or write a persona's file, off the loop, and tell who asked; the session bounds how many."""
+
+        async def manage() -> None:
+            outcome = await asyncio.to_thread(_manage, self._personas, message)
+            connection.perform(connection.session.on_managed(message.id, outcome))
+
+        task = asyncio.create_task(manage())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def status(self) -> dict[str, Any]:
         """The fields of `stats`, and the body of `reply` to `status`."""
@@ -273,7 +287,7 @@ class NpcServer:
             "preempted": stats.num_preempted,
             "adapters": list(stats.adapters_resident),
             "personas": len(self._stage.library),
-            "connections": len(self._connections),
+            "connections": sum(connection.session.has_said_hello for connection in self._connections),
             "uptime_s": round(time.monotonic() - self._started_at, 1),
         }
 
@@ -291,6 +305,7 @@ class NpcServer:
     async def _handle(self, socket_: ServerConnection) -> None:
         refusal = self._refusal(socket_)
         if refusal is not None:
+            self.metrics.connection_refused(refusal[0])
             await socket_.close(*refusal)
             return
         session = Session(subprotocol=str(socket_.subprotocol), door=self._door, stage=self._stage)
@@ -307,41 +322,25 @@ class NpcServer:
     def _refusal(self, socket_: ServerConnection) -> tuple[int, str] | None:
         """Why this connection is closed at once. After accepting, since browsers and Mono see no other reason."""
         assert socket_.request is not None
-        origins = set(socket_.request.headers.get_all("Origin"))
-        if not origins <= {f"http://{name}" for name in self._names()}:
+        headers = socket_.request.headers
+        origins = headers.get_all("Origin")
+        if not self.gate.knows_origin(origins, headers["Host"]):
             logger.warning("refused a connection from the web page %s", str(origins)[:200])
             return wire.CloseCode.ORIGIN, "this origin may not connect"
         if socket_.subprotocol not in wire.SUBPROTOCOLS:
             return wire.CloseCode.PROTOCOL, f"offer a subprotocol: {' or '.join(wire.SUBPROTOCOLS)}"
-        if len(self._connections) >= MAX_CONNECTIONS:
-            return wire.CloseCode.TOO_MANY, f"{MAX_CONNECTIONS} connections are open already"
         return None
 
-    def _process_request(self, _: ServerConnection, request: HttpRequest) -> Response | None:
-        """Answer plain HTTP; None lets a WebSocket handshake go on. A Host of others is DNS rebinding: refused."""
-        hosts = set(request.headers.get_all("Host"))
-        if self._host not in ("0.0.0.0", "::") and not (hosts and hosts <= self._names()):
-            return _respond(http.HTTPStatus.MISDIRECTED_REQUEST, "text/plain", "This is not the host you asked for.\n")
-        if "websocket" in " ".join(request.headers.get_all("Upgrade")).lower():
-            is_ours = request.path.partition("?")[0] == "/v1"
-            return None if is_ours else _respond(http.HTTPStatus.NOT_FOUND, "text/plain", "Connect to /v1.\n")
-        if request.path == "/healthz":
-            return self._health()
-        if request.path == "/":
-            text = f"npc-runtime {self._version} is running. A game connects to ws://HOST/v1; see PROTOCOL.md.\n"
-            return _respond(http.HTTPStatus.OK, "text/plain", text)
-        return _respond(http.HTTPStatus.NOT_FOUND, "text/plain", "There is no such page.\n")
+    async def _answer(self, socket_: ServerConnection, request: HttpRequest) -> Response | None:
+        if socket_.protocol.eof_sent:  # a second request in the same bytes: the library has given this socket up
+            socket_.transport.abort()
+            await socket_.wait_closed()
+        return self._pages.answer(request)
 
-    def _health(self) -> Response:
+    def _health(self) -> Health:
         if self._engine is None:
-            body = {"status": "loading"}
-        else:
-            body = {"status": "the engine thread died" if self._engine.has_died else "ok", **self.status()}
-        status = http.HTTPStatus.OK if body["status"] == "ok" else http.HTTPStatus.SERVICE_UNAVAILABLE
-        return _respond(status, "application/json", json.dumps(body))
-
-    def _names(self) -> set[str]:
-        return {f"{name}:{self._port}" for name in (*LOOPBACK_NAMES, self._host)}
+            return Health("loading", {})
+        return Health("the engine thread died" if self._engine.has_died else "ok", self.status())
 
 
 def _select_subprotocol(_: ServerConnection, offered: Iterable[Subprotocol]) -> Subprotocol | None:
@@ -351,18 +350,37 @@ def _select_subprotocol(_: ServerConnection, offered: Iterable[Subprotocol]) -> 
     return next(iter(ours or offers), None)
 
 
-def _respond(status: http.HTTPStatus, kind: str, text: str) -> Response:
-    body = text.encode()
-    headers = Headers(
-        {
-            "Content-Type": f"{kind}; charset=utf-8",
-            "Content-Length": str(len(body)),
-            "X-Content-Type-Options": "nosniff",
-            "Cache-Control": "no-store",
-            "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-        }
-    )
-    return Response(status.value, status.phrase, headers, body)
+def _visitors_of(gate: Gate) -> type[ServerConnection]:
+    """Connections that the gate knows of from the moment the system accepts them, before a byte is read."""
+
+    class Visitor(ServerConnection):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            gate.enter(self.transport)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            gate.leave(self.transport)
+            super().connection_lost(exc)
+
+    return Visitor
+
+
+def _manage(folder: PersonaFolder, message: PersonaMessage) -> dict[str, Any] | WireError:
+    """What came of it; in a thread of its own."""
+    try:
+        match message:
+            case wire.PersonaGet():
+                return folder.get(message.persona)
+            case wire.PersonaPut():
+                return folder.put(message.persona, message.doc, etag=message.etag)
+            case wire.PersonaValidate():
+                return folder.validate(message.doc, message.persona)
+        return folder.delete(message.persona)
+    except WireError as error:
+        return error
+    except Exception:  # files come from anywhere
+        logger.exception("the persona could not be managed")
+        return InternalError("The persona's file could not be managed.", "The daemon's log has the details.")
 
 
 def _to_request(job: Job, group: Hashable) -> Request:

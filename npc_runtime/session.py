@@ -16,6 +16,7 @@ from npc_runtime.door import Door
 from npc_runtime.effects import (
     Close,
     Configure,
+    Dropped,
     Effect,
     ManagePersona,
     Send,
@@ -175,14 +176,13 @@ class Session:
     def disconnect(self, now: float) -> list[Effect]:
         """The connection is gone: cancel whatever runs; nothing more is sent, and the NPCs wait for a `resume`."""
         running = (*(self._dialogue.request_ids if self._dialogue is not None else ()), *self._warming)
-        if self._dialogue is not None:
-            self._dialogue.drop()
+        dropped = self._dialogue.drop() if self._dialogue is not None else ()
         self._dialogue = None
         self._warming.clear()
         if self.has_said_hello:
             self._door.casts.leave(self.name, self, now, self._want.linger_s)
         self._state = "closed"
-        return [Stop(running)] if running else []
+        return [*([Stop(running)] if running else []), *([Dropped(dropped)] if dropped else [])]
 
     def reply(self, re: wire.Id | None, body: dict[str, Any]) -> list[Effect]:
         """Answer a question, in parts if it is larger than the client's frames may be."""

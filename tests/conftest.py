@@ -1,5 +1,6 @@
 """Fixtures: the embedded base, tiny random models, the oracle (transformers + PEFT), and a daemon process."""
 
+import itertools
 import json
 import os
 import signal
@@ -23,7 +24,14 @@ MS = float(os.environ.get("NPC_TEST_MS", "0.001"))
 
 
 RUNTIME_FOLDER = tempfile.TemporaryDirectory(prefix="npc-tests-")
-"""Where the tests' daemons write their runtime files, instead of the user's own folder."""
+"""Where the tests' daemons write their runtime files and logs, instead of the user's own folders."""
+
+PROJECT_NUMBERS = itertools.count(1)
+
+
+def daemon_environment(**changes):
+    folders = {"XDG_RUNTIME_DIR": RUNTIME_FOLDER.name, "XDG_STATE_HOME": RUNTIME_FOLDER.name}
+    return {**os.environ, **folders, **changes}
 
 
 @pytest.fixture(scope="session")
@@ -42,10 +50,11 @@ def float_base():
 
 
 @dataclass
-class DaemonProcess:
+class RunningDaemon:
     process: subprocess.Popen
     log: tempfile._TemporaryFileWrapper
     endpoint: dict
+    project: str
 
     @property
     def url(self):
@@ -69,6 +78,9 @@ class DaemonProcess:
 
 
 def start_daemon(*options, env=None, cwd=None):
+    """Of a project of its own, unless one is given: a second daemon for a project is refused."""
+    if "--project" not in options:
+        options = (*options, "--project", f"test-{next(PROJECT_NUMBERS)}")
     log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 - discard() closes it
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "npc_runtime", "serve", "--port", "0", *options],
@@ -76,11 +88,11 @@ def start_daemon(*options, env=None, cwd=None):
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
-        env={**os.environ, "XDG_RUNTIME_DIR": RUNTIME_FOLDER.name, **(env or {})},
+        env=daemon_environment(**(env or {})),
         cwd=cwd,
     )
     line = process.stdout.readline()
-    daemon = DaemonProcess(process, log, json.loads(line) if line else {})
+    daemon = RunningDaemon(process, log, json.loads(line) if line else {}, options[options.index("--project") + 1])
     if not line:
         process.wait(10_000 * MS)
     return daemon

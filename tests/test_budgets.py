@@ -18,7 +18,7 @@ LARGE = ModelShape(28, 3072, 8192, 24, 8, 128, 128256, 131072, 1e-5)  # Llama-3.
 
 
 def config_of(shape, dtype=torch.bfloat16, **budgets):
-    settings = Settings("base", shipped_personas(), "127.0.0.1", 0, "auto", None, True, None, **budgets)
+    settings = Settings("base", shipped_personas(), "127.0.0.1", 0, "auto", None, True, **budgets)
     return make_config(settings, shape, Device(torch.device("cpu"), dtype, "cpu"))
 
 

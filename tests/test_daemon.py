@@ -247,6 +247,38 @@ def test_plain_http(daemon):
         assert "default-src 'none'" in response.headers["Content-Security-Policy"]
 
 
+async def test_metrics_count_what_was_said(daemon):
+    before = await asyncio.to_thread(read_metrics, daemon)
+    async with play(daemon) as game:
+        await game.send(type="generate", batch=1, lines=[line(1, "marta"), line(2, "nobody")])
+        end = next(m for m in await game.until("batch.end") if m["type"] == "line.end")
+        long = {"trim": "none", "max_tokens": 500, "min_tokens": 500}
+        await game.send(type="generate", batch=2, lines=[line(3, "marta", sampling=long)])
+        await game.until("line.start")
+    for _ in range(100):
+        after = await asyncio.to_thread(read_metrics, daemon)
+        told = {name: after[name] - before.get(name, 0.0) for name in after}
+        if told.get('npc_runtime_lines_total{persona="marta",reason="disconnected"}'):
+            break
+        await asyncio.sleep(50 * MS)
+    reason = end["reason"]
+    assert told[f'npc_runtime_lines_total{{persona="marta",reason="{reason}"}}'] == 1
+    assert told['npc_runtime_lines_total{persona="marta",reason="disconnected"}'] == 1
+    assert told['npc_runtime_lines_rejected_total{code="persona_unknown"}'] == 1
+    assert told["npc_runtime_line_tokens_sum"] == end["usage"]["completion"] < told["npc_runtime_tokens_total"]
+    assert told["npc_runtime_first_text_seconds_count"] == 1
+    assert told['npc_runtime_connections_opened_total{subprotocol="npc.v1.msgpack"}'] == 1
+
+
+def read_metrics(daemon):
+    """Every sample by its name and labels, as Prometheus reads them."""
+    import urllib.request
+
+    with urllib.request.urlopen(f"http://127.0.0.1:{daemon.endpoint['port']}/metrics") as response:
+        samples = [text.rsplit(" ", 1) for text in response.read().decode().splitlines() if not text.startswith("#")]
+    return {name: float(value) for name, value in samples}
+
+
 async def test_vanishing_clients_leave_nothing_behind(daemon):
     long = {"trim": "none", "max_tokens": 500, "min_tokens": 500}
     for _ in range(5):

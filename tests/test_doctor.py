@@ -242,6 +242,10 @@ def test_the_daemon_that_runs(endpoint, health, level, words):
     assert (level == "ok") == (not found.remedy)
 
 
+def test_a_daemon_that_is_starting_is_known_by_its_lock():
+    assert only(check_daemon(None, None, 99)).text == "process 99 is starting for this project"
+
+
 def test_a_port_that_is_taken_is_told():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

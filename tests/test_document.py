@@ -1,11 +1,11 @@
-"""YAML is read plainly and within bounds, and a change leaves everything else as it was, to the byte."""
+"""YAML is read plainly and within bounds."""
 
 import time
 import tracemalloc
 
 import pytest
 
-from npc_runtime.document import DocumentError, change_document, read_document, write_document
+from npc_runtime.document import DocumentError, read_document
 
 FILE = b"""\
 # The innkeeper.
@@ -44,10 +44,6 @@ tags: [a, b]
 
 def values(**changes):
     return {**read_document(FILE).value, **changes}
-
-
-def changed(**changes):
-    return change_document(FILE, values(**changes), set(changes)).decode()
 
 
 def test_values_have_the_types_and_lines_of_the_file():
@@ -150,98 +146,3 @@ def test_a_hostile_file_costs_no_more_than_its_size(data):
         tracemalloc.stop()
     assert peak < 64 << 20
     assert time.monotonic() - started < 60
-
-
-def test_a_change_touches_the_line_it_concerns():
-    after = changed(display_name="Otto")
-    assert after == FILE.decode().replace("'Odo'      #", "'Otto'     #") or after == FILE.decode().replace(
-        "'Odo'", "'Otto'"
-    )
-
-
-def test_a_change_deep_in_a_list_keeps_the_comments_around_it():
-    knows = [dict(entry) for entry in values()["knows"]]
-    knows[1]["text"] = "The king is dead."
-    after = changed(knows=knows)
-    for kept in ("# first the old things", "# quoted", "# since act two", "\n# --- what he knows ---\n\nknows:\n"):
-        assert kept in after
-    before, now = FILE.decode().splitlines(), after.splitlines()
-    assert [line for line in now if line not in before] == ["    text: The king is dead."]
-    assert [line for line in before if line not in now] == ["    text: Odd   spacing stays"]
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda knows: knows[1:],
-        lambda knows: knows[:1],
-        lambda knows: [],
-        lambda knows: [knows[1], knows[0]],
-        lambda knows: [{"id": "new", "text": "x: y # z"}, *knows],
-        lambda knows: [knows[0], {"id": "new", "text": "two\nlines"}, knows[1]],
-        lambda knows: [*knows, {"id": "new", "text": "1e5", "when": "true"}],
-    ],
-)
-def test_lists_grow_and_shrink(make):
-    knows = make(values()["knows"])
-    after = changed(knows=knows)
-    assert read_document(after.encode()).value == values(knows=knows)
-    assert after.split("knows:")[0] == FILE.decode().split("knows:")[0]
-    assert after.split("# The voice.")[1] == FILE.decode().split("# The voice.")[1]
-    if any(entry["id"] == "mill" for entry in knows):
-        assert "# quoted" in after
-    if any(entry["id"] == "king" for entry in knows):
-        assert "# since act two" in after
-
-
-def test_a_field_comes_and_goes():
-    wanted = {key: value for key, value in values().items() if key != "tags"}
-    order = list(wanted)
-    wanted = (
-        {key: wanted[key] for key in order[:4]} | {"goals": ["a: b", "yes"]} | {key: wanted[key] for key in order[4:]}
-    )
-    after = change_document(FILE, wanted, {"tags", "goals"}).decode()
-    assert read_document(after.encode()).value == wanted
-    assert "tags" not in after
-    assert after.endswith("\n# the end\n")
-    assert after.index("display_name") < after.index("goals") < after.index("sampling")
-    assert [line for line in after.splitlines() if line not in FILE.decode().splitlines()] == [
-        "goals:",
-        '  - "a: b"' if '  - "a: b"' in after else "  - 'a: b'",
-        "  - yes",
-    ]
-
-
-def test_nothing_changed_is_nothing_written():
-    assert change_document(FILE, values(), set()) == FILE
-
-
-def test_line_ends_and_the_byte_order_mark_stay():
-    windows = b"\xef\xbb\xbf" + FILE.replace(b"\n", b"\r\n")
-    after = change_document(windows, values(tags=["c"]), {"tags"})
-    assert after.startswith(b"\xef\xbb\xbf# The")
-    assert after.count(b"\r\n") == after.count(b"\n")
-    assert read_document(after).value["tags"] == ["c"]
-
-
-@pytest.mark.parametrize(
-    "data", [b'{"a": 1, "b": [1, 2]}', b"{a: 1, b: [1,2]}", b"a: 1\nb:\n- 1\n- 2", b"---\na: 1\nb: [1, 2]\n"]
-)
-def test_files_of_another_make_are_changed_too(data):
-    wanted = {"a": 1, "b": [1, 2, 3], "c": {"d": "e"}}
-    assert read_document(change_document(data, wanted, {"b", "c"})).value == wanted
-
-
-ODD = ["", " ", "~", "null", "yes", "1e5", "0x1", "- a", "a: b", "# c", "a #b", "'", '"', "two\nlines", "\n", "a\n"]
-ODD += ["trailing \nspace", " a\nb", "tab\there", "\u2028", "a\r\nb", "é🜁", "{a}", "[a", "*a", "&a", "!a", "%a", "@a"]
-ODD += ["`a", "=", "<<", "---", "...", "x" * 500, "a\n\n\nb", "a\n  b\n", "# a\nb", "\\", "a\\\nb", "\x07", "\ufeff"]
-
-
-@pytest.mark.parametrize("text", ODD)
-def test_any_text_can_be_written(text):
-    for value in ({"a": text}, {"a": [text, {"b": text}]}):
-        assert read_document(write_document(value)).value == value
-    assert read_document(change_document(FILE, values(bio=text), {"bio"})).value == values(bio=text)
-    assert (
-        read_document(change_document(FILE, values(display_name=text), {"display_name"})).value["display_name"] == text
-    )

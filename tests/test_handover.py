@@ -10,19 +10,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import MS, RUNTIME_FOLDER, DaemonProcess, discard
+from conftest import MS, RUNTIME_FOLDER, RunningDaemon, daemon_environment, discard
 from game import line, play
 from websockets.exceptions import ConnectionClosed
 
 import npc_runtime.daemon as daemon_module
 from npc_runtime import handover
+from npc_runtime.daemon_process import DaemonProcess
 from npc_runtime.discovery import Endpoint, write_endpoint
 from npc_runtime.errors import EngineDied, StartupError
 from npc_runtime.handover import Handover
+from npc_runtime.logs import Log
 from npc_runtime.persona import shipped_personas
+from npc_runtime.project_lock import ProjectLock, is_held
 
 SCRIPT = """
 import os, pathlib, torch
@@ -54,25 +58,30 @@ def broken_daemon(tmp_path):
     """`npc-runtime serve` on a device that is lost at the first step: of the first process, or of every one."""
     running = []
 
-    def start(*, always):
+    def start(*extra, always=False, stderr=None):
         script = tmp_path / "broken.py"
         script.write_text(SCRIPT.replace("MARKER", repr(str(tmp_path / "marker"))).replace("ALWAYS", str(always)))
         options = ["--port", "0", "--personas", str(shipped_personas()), "--dtype", "float32", "--project", "broken"]
+        options += extra
         log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 - discard() closes it
         process = subprocess.Popen(
             [sys.executable, "-P", str(script), "serve", *options],
             stdout=subprocess.PIPE,
-            stderr=log,
+            stderr=stderr or log,
             text=True,
-            env={**os.environ, "XDG_RUNTIME_DIR": RUNTIME_FOLDER.name},
+            env=daemon_environment(),
         )
-        daemon = DaemonProcess(process, log, json.loads(process.stdout.readline()))
+        daemon = RunningDaemon(process, log, json.loads(process.stdout.readline()), "broken")
         running.append(daemon)
         return daemon
 
     yield start
     for daemon in running:
         discard(daemon)
+
+
+def lock_path():
+    return Path(RUNTIME_FOLDER.name, "npc-runtime", "broken.lock")
 
 
 def runtime_file():
@@ -89,13 +98,13 @@ async def speak(daemon, count=1):
         if ends[0]["reason"] != "error":
             return ends, None
         with pytest.raises(ConnectionClosed) as caught:
-            await game.receive()
+            await game.until("nothing")
         return ends, caught.value.rcvd
 
 
 async def test_a_client_reconnects_with_what_it_knows(broken_daemon):
     """Same port, same token, same process id; one line on stdout; and the new process stops like any other."""
-    daemon = broken_daemon(always=False)
+    daemon = broken_daemon()
     ends, close = await speak(daemon, 12)
     assert [end["line"] for end in ends] == list(range(12))
     assert {end["reason"] for end in ends} == {"error"}
@@ -110,6 +119,33 @@ async def test_a_client_reconnects_with_what_it_knows(broken_daemon):
     assert runtime_file() is None
     said = daemon.read_log().splitlines()
     assert (said.count("started"), said.count("handed over")) == (1, 1)
+
+
+async def test_owner_lock_and_log_go_on(broken_daemon, tmp_path):
+    """In the process that takes over: the project is never free, the owner is watched, and no line is logged twice."""
+    with subprocess.Popen([sys.executable, "-P", "-c", "input()"], stdin=subprocess.PIPE) as owner:
+        log = tmp_path / "own.log"
+        options = ["--owner-pid", str(owner.pid), "--log-file", str(log)]
+        daemon = broken_daemon(*options, stderr=subprocess.PIPE)
+        daemon.process.stderr.close()
+        await speak(daemon)
+        assert is_held(lock_path())
+        while log.read_text().count(" starts pid=") < 2:
+            assert is_held(lock_path())
+            await asyncio.sleep(10 * MS)
+        ends, _ = await speak(daemon)
+        assert ends[0]["reason"] in ("stop", "length")
+        owner.kill()
+        started = time.monotonic()
+        assert await asyncio.to_thread(daemon.process.wait, 10_000 * MS) == 0
+        assert time.monotonic() - started < 5_000 * MS
+        owner.stdin.close()
+    assert runtime_file() is None
+    assert not lock_path().exists()
+    said = [line.split(" ", 2)[2] for line in log.read_text().splitlines() if line[:2] == "20"]
+    assert sum(line.startswith("INFO npc-runtime ") for line in said) == 2
+    assert sum("the owner is gone" in line for line in said) == 1
+    assert sum(" personas; ws://" in line for line in said) == 2
 
 
 async def test_a_device_that_always_fails_ends_the_daemon(broken_daemon):
@@ -129,7 +165,7 @@ async def test_a_device_that_always_fails_ends_the_daemon(broken_daemon):
 
 
 async def test_who_asks_it_to_stop_meanwhile_is_obeyed(broken_daemon):
-    daemon = broken_daemon(always=False)
+    daemon = broken_daemon()
     await speak(daemon)
     daemon.process.send_signal(signal.SIGTERM)
     status = await asyncio.to_thread(daemon.process.wait, 30_000 * MS)
@@ -157,9 +193,13 @@ def test_a_device_that_fails_while_the_base_is_loaded_is_said(monkeypatch, tmp_p
         raise error
 
     monkeypatch.setattr(daemon_module, "_load_and_serve", fail)
-    settings = daemon_module.Settings("base", tmp_path, "127.0.0.1", 0, "auto", None, True, "broken")
-    with pytest.raises(kind, match=message):
-        daemon_module.run_daemon(settings, contextlib.nullcontext)
+    settings = daemon_module.Settings("base", tmp_path, "127.0.0.1", 0, "auto", None, True)
+    log = Log()
+    try:
+        with pytest.raises(kind, match=message):
+            daemon_module.run_daemon(settings, DaemonProcess("broken", log), contextlib.nullcontext)
+    finally:
+        log.close()
     assert not path.exists()
 
 
@@ -172,7 +212,7 @@ def bound():
 
 
 def leave(monkeypatch, sock, **changes):
-    passed = {"pid": os.getpid(), "token": "t", "replaced_at": [1.0], **changes}
+    passed = {"pid": os.getpid(), "token": "t", "replaced_at": [1.0], "lock_fd": None, **changes}
     if "fd" not in passed:
         passed["fd"] = os.dup(sock.fileno())
     monkeypatch.setenv(handover.VARIABLE, json.dumps(passed))
@@ -191,7 +231,21 @@ def test_what_was_passed_on_is_taken_once(bound, monkeypatch):
     taken.sock.close()
 
 
-@pytest.mark.parametrize("changes", [{"pid": 1}, {"fd": 9_999}, {"fd": "x"}, {"replaced_at": 3}])
+def test_the_lock_is_passed_on(bound, monkeypatch, tmp_path):
+    lock = ProjectLock.take(tmp_path / "game.lock")
+    os.set_inheritable(lock.fd, True)
+    leave(monkeypatch, bound, lock_fd=lock.fd)
+    taken = Handover.take()
+    assert taken.lock_fd == lock.fd
+    assert not os.get_inheritable(lock.fd)
+    taken.sock.close()
+    successor = Handover(bound, "t", (), lock.fd).successor()
+    assert successor.lock_fd == lock.fd
+    successor.sock.close()
+    lock.release()
+
+
+@pytest.mark.parametrize("changes", [{"pid": 1}, {"fd": 9_999}, {"fd": "x"}, {"replaced_at": 3}, {"lock_fd": 9_999}])
 def test_what_is_not_for_this_process_is_left_alone(bound, monkeypatch, changes):
     own = leave(monkeypatch, bound)["fd"]
     leave(monkeypatch, bound, **{"fd": own, **changes})

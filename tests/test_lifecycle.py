@@ -10,38 +10,15 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
-from conftest import MS
+from conftest import MS, RunningDaemon, daemon_environment
 from game import line, play
 from tiny import make_adapter, make_model
 from websockets.exceptions import ConnectionClosed
 
 from npc_runtime.persona import shipped_personas
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_stop_the_daemon_quickly_and_quietly(make_daemon, number):
-    """With a connection open and lines running."""
-    daemon = make_daemon("--personas", str(shipped_personas()))
-    asyncio.run(stop_while_speaking(daemon, number))
-
-
-async def stop_while_speaking(daemon, number):
-    async with play(daemon) as game:
-        long = {"trim": "none", "max_tokens": 500, "min_tokens": 500}
-        await game.send(type="generate", batch=1, lines=[line(n, sampling=long) for n in range(4)])
-        await game.until("line.start")
-        started = time.monotonic()
-        daemon.process.send_signal(number)
-        ends = [message for message in await game.until("batch.end") if message["type"] == "line.end"]
-        assert [end["reason"] for end in ends] == ["cancelled"] * 4
-        with pytest.raises(ConnectionClosed) as caught:
-            await game.receive()
-        assert caught.value.rcvd.code == 1012
-        assert await asyncio.to_thread(daemon.process.wait, 10_000 * MS) == 0
-        assert time.monotonic() - started < 2.0
-    assert "Traceback" not in daemon.read_log()
 
 
 def test_a_client_that_does_not_read_cannot_delay_the_stop(make_daemon):
@@ -75,6 +52,125 @@ os.kill(os.getpid(), signal.SIGSTOP)
     assert "Traceback" not in daemon.read_log()
 
 
+@pytest.fixture
+def owner():
+    """A process for which a daemon runs, which may be killed."""
+    process = subprocess.Popen([sys.executable, "-P", "-c", "input()"], stdin=subprocess.PIPE)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("number", "subprotocol"), [(signal.SIGINT, "npc.v1.json"), (signal.SIGTERM, "npc.v1.msgpack")]
+)
+def test_a_signal_ends_every_line_before_the_socket_closes(make_daemon, number, subprotocol):
+    daemon = make_daemon("--personas", str(shipped_personas()))
+    end = partial(daemon.process.send_signal, number)
+    reason = asyncio.run(end_while_speaking(daemon, end, 2_000 * MS, subprotocol))
+    assert reason == "the daemon was stopped"
+    assert "Traceback" not in daemon.read_log()
+
+
+def test_the_owner_takes_the_daemon_along(make_daemon, owner):
+    daemon = make_daemon("--personas", str(shipped_personas()), "--owner-pid", str(owner.pid))
+    reason = asyncio.run(end_while_speaking(daemon, owner.kill, 5_000 * MS))
+    assert reason == "the process that owned the daemon is gone"
+    assert not os.path.exists(os.path.join(daemon.runtime_folder, "npc-runtime", f"{daemon.project}.json"))
+
+
+async def end_while_speaking(daemon, end, seconds, subprotocol="npc.v1.msgpack"):
+    """Each of eight lines has its one end, then their batch, then the socket closes; all in so many seconds."""
+    async with play(daemon, subprotocol) as game:
+        long = {"trim": "none", "max_tokens": 500, "min_tokens": 500}
+        await game.send(type="generate", batch=1, lines=[line(n, sampling=long) for n in range(8)])
+        await game.until("delta")
+        started = time.monotonic()
+        end()
+        messages = await game.until("batch.end")
+        with pytest.raises(ConnectionClosed) as caught:
+            await game.receive()
+        assert time.monotonic() - started < seconds
+        ends = [message for message in messages if message["type"] == "line.end"]
+        assert sorted(message["line"] for message in ends) == list(range(8))
+        assert {message["reason"] for message in ends} == {"cancelled"}
+        assert all(message["text"] for message in ends), "what was said before stays"
+        assert (messages[-1]["ok"], messages[-1]["failed"]) == (0, 8)
+        assert caught.value.rcvd.code == 1012
+        assert await asyncio.to_thread(daemon.process.wait, 5_000 * MS) == 0
+        assert time.monotonic() - started < seconds
+    return caught.value.rcvd.reason
+
+
+def test_the_owner_is_watched_while_the_base_is_loaded(owner):
+    command = [sys.executable, "-P", "-m", "npc_runtime", "serve", "--port", "0", "--project", "orphan"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": daemon_environment()}
+    with subprocess.Popen([*command, "--owner-pid", str(owner.pid)], **pipes) as process:
+        said = iter(process.stderr.readline, "")
+        assert any("loading smollm2-135m" in line for line in said)
+        owner.kill()
+        started = time.monotonic()
+        out, err = process.communicate(timeout=10_000 * MS)
+        seconds = time.monotonic() - started
+    if out:  # it was loaded before anybody could look
+        assert "token" in json.loads(out)
+    assert "Traceback" not in err
+    assert (process.returncode, seconds < 5_000 * MS) == (0, True)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_spawner_may_close_its_pipes(make_persona, tmp_path, before):
+    """All three at any moment, before the first line too; the daemon speaks on, and its log has what happens."""
+    make_persona("odo")
+    options = ["--port", "0", "--personas", str(tmp_path / "personas"), "--project", "pipes"]
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    command = [sys.executable, "-P", "-m", "npc_runtime", "serve", *options]
+    environment = daemon_environment(XDG_RUNTIME_DIR=str(tmp_path), XDG_STATE_HOME=str(tmp_path))
+    process = subprocess.Popen(command, text=True, env=environment, **pipes)
+    try:
+        if not before:
+            assert process.stdout.readline()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            pipe.close()
+        path = tmp_path / "npc-runtime" / "pipes.json"
+        while not path.exists():
+            assert process.poll() is None
+            time.sleep(20 * MS)
+        running = RunningDaemon(process, None, json.loads(path.read_text()), "pipes")
+        _, end = asyncio.run(speak_all(running, ["odo"]))
+        assert end["ok"] == 1
+        assert running.stop() == 0
+    finally:
+        process.kill()
+        process.wait()
+    log = (tmp_path / "npc-runtime" / "log" / "pipes.log").read_text()
+    assert running.endpoint["log"] == str(tmp_path / "npc-runtime" / "log" / "pipes.log")
+    assert " opened " in log
+    assert " closed " in log
+    assert "Traceback" not in log
+    assert running.token not in log
+
+
+def test_nobody_has_to_read_the_log(make_persona, tmp_path):
+    """More than a pipe holds, before the first line."""
+    make_persona("odo")
+    for number in range(400):
+        broken = tmp_path / "personas" / f"broken-{number}"
+        broken.mkdir()
+        (broken / "persona.yaml").write_text(f"schema: 1\n{'x' * 150}: {number}\n")
+    options = ["--port", "0", "--personas", str(tmp_path / "personas"), "--project", "chatter"]
+    command = [sys.executable, "-P", "-m", "npc_runtime", "serve", *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=daemon_environment(), **pipes) as process:
+        endpoint = json.loads(process.stdout.readline())
+        running = RunningDaemon(process, None, endpoint, "chatter")
+        _, end = asyncio.run(speak_all(running, ["odo"]))
+        assert end["ok"] == 1
+        assert running.stop() == 0
+    with open(endpoint["log"]) as file:
+        assert sum("cannot be used" in line for line in file) == 400
+
+
 def read_all(terminal, into):
     """Until its other side is closed, which Linux reports as an error."""
     with contextlib.suppress(OSError):
@@ -90,7 +186,7 @@ def test_the_first_line_goes_to_stdout_from_a_terminal_too(make_persona, tmp_pat
     ours, theirs = pty.openpty()
     options = ["--port", "0", "--personas", str(tmp_path / "personas")]
     command = [sys.executable, "-P", "-m", "npc_runtime", "serve", *options]
-    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    environment = daemon_environment(XDG_RUNTIME_DIR=str(tmp_path))
     shown = bytearray()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment) as process:
         os.close(theirs)
@@ -108,7 +204,8 @@ def test_the_first_line_goes_to_stdout_from_a_terminal_too(make_persona, tmp_pat
 def test_a_signal_during_loading_is_quiet(make_persona, tmp_path):
     make_persona("guard")
     command = [sys.executable, "-P", "-m", "npc_runtime", "serve", "--port", "0", "--personas", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=daemon_environment(), **pipes) as process:
         said = iter(process.stderr.readline, "")
         assert any("loading smollm2-135m" in line for line in said)
         process.terminate()

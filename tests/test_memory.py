@@ -63,7 +63,7 @@ def test_the_largest_step_is_counted():
 
 
 def settings(gpu_mib):
-    return Settings("base", Path(), "127.0.0.1", 0, "auto", None, True, None, gpu_mib=gpu_mib)
+    return Settings("base", Path(), "127.0.0.1", 0, "auto", None, True, gpu_mib=gpu_mib)
 
 
 def test_torch_is_held_to_the_budget_before_anything_is_loaded(monkeypatch):

@@ -229,7 +229,7 @@ def test_who_resumes_takes_the_connection_from_who_has_it(connect):
     again, [supersede, welcome] = connect(resume=session.name)
     assert supersede == Supersede(session)
     assert welcome.message.resumed
-    stop, close = session.supersede(0.0)
+    stop, _, close = session.supersede(0.0)
     assert isinstance(stop, Stop)
     assert close == Close(1000, "another connection resumed this session")
     session.disconnect(0.0)

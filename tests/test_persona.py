@@ -317,6 +317,18 @@ def test_a_wrong_file_can_be_saved_over(tmp_path):
     assert (folder / "persona.yaml").read_bytes().startswith(b"# mine\nschema: 1\nid: guard\n")
 
 
+@pytest.mark.parametrize("name", ["schema", "id", "display_name", "bio"])
+def test_a_field_that_must_be_there_is_put_back(tmp_path, name):
+    wanted = guard(bio="x", display_name="x")
+    lines = [
+        line for line in b"schema: 1 # a\nid: guard # b\ndisplay_name: x # c\nbio: x # d\n".splitlines(keepends=True)
+    ]
+    folder = write(tmp_path, b"".join(line for line in lines if not line.startswith(name.encode())))
+    wanted.save(folder)
+    assert Persona.load(folder).to_document() == wanted.to_document()
+    assert (folder / "persona.yaml").read_bytes().count(b"#") == 3
+
+
 # -- the library ---------------------------------------------------------------------------------------------
 
 

@@ -109,6 +109,14 @@ def codes_of(accepted):
     return [item.code or item.status for item in accepted.items]
 
 
+def test_an_end_says_to_the_server_whose_line_it_was():
+    game = Game()
+    game.generate({})
+    effects = game.session.on_ended(Ended(1, EndReason.STOP), 1.0)
+    ends = [effect for effect in effects if isinstance(effect, Send) and isinstance(effect.message, wire.LineEnd)]
+    assert [effect.persona for effect in ends] == ["brom"]
+
+
 # -- hello ---------------------------------------------------------------------------------------------------
 
 HELLO = {"type": "hello", "protocol": 1}
@@ -592,8 +600,9 @@ def test_leaving_cancels_everything_and_nothing_more_is_sent(is_polite):
     game = Game()
     game.generate({}, {})
     game.say(0.0, r1="One")
-    stop, *close = game.send({"type": "bye"}) if is_polite else game.session.disconnect(0.0)
+    stop, dropped, *close = game.send({"type": "bye"}) if is_polite else game.session.disconnect(0.0)
     assert sorted(stop.request_ids) == [1, 2]
+    assert dropped.personas == ("brom", "brom")
     assert close == ([Close(1000, "bye")] if is_polite else [])
     assert game.session.disconnect(0.0) == []
     assert game.end(1) == game.say(1.0, r2="Two") == game.session.tick(9.0) == game.send({"type": "status"}) == []
