@@ -111,7 +111,7 @@ def check_personas_of(library: "Library", base: Base | None) -> Iterator[Finding
 
 
 def check_daemon(endpoint: Endpoint | None, health: Health | None, loading_pid: int | None = None) -> Iterator[Finding]:
-    """Whether one runs for the project, and answers; `loading_pid` holds the project and does not say yet where it is."""
+    """Whether one runs for the project, and answers; `loading_pid` is one that does not say yet where it is."""
     if endpoint is None and loading_pid is not None:
         yield Finding("daemon", "ok", f"process {loading_pid} is starting for this project")
         return
