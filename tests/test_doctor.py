@@ -134,6 +134,8 @@ def test_processors():
     few = list(check_cpu(Cpu("a", "AVX512", True, 8, 1, {"OMP_NUM_THREADS": "1"}), is_used=True))
     assert levels(few) == ["ok", "slow"]
     assert few[1].remedy == "Unset OMP_NUM_THREADS."
+    assert levels(check_cpu(Cpu("a", "AVX512", True, 2, 1), is_used=True)) == ["ok", "slow"]
+    assert levels(check_cpu(Cpu("a", "AVX512", True, 2, 2), is_used=True)) == ["ok"]
     assert Cpu.look().num_threads >= 1
 
 
