@@ -225,7 +225,7 @@ def demo(
     with progress_bars(chatter) as report:
         resolve_base(base, report)  # here, where its bar is seen, and not while the daemon is waited for
     folder = personas or shipped_personas()
-    options = serve_options(base=base, personas=folder, project="demo", dtype=dtype.value, threads=threads)
+    options = serve_options(base=base, personas=folder, command="demo", dtype=dtype.value, threads=threads)
     status = chatter.status(f"starting the daemon ({base}) …")
     status.start()
     try:

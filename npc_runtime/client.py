@@ -159,11 +159,16 @@ class Client:
         handle.accepted = wire.Accepted.model_validate(body)
         return handle
 
-    async def say(self, persona: str | None, text: str, *, npc: str | None = None, **fields: Any) -> wire.LineEnd:
-        """Speak one line, of a persona or an npc, and wait for its end. Raises `RequestError` if it is not accepted."""
-        line = f"l{next(self._ids)}"
-        speaker = {"persona": persona} if npc is None else {"npc": npc}
-        batch = await self.generate([{"line": line, **speaker, "input": {"text": text}, **fields}])
+    async def say(self, persona: str, text: str, **fields: Any) -> wire.LineEnd:
+        """Have a persona speak one line, and wait for its end. Raises `RequestError` if it is not accepted."""
+        return await self._speak({"persona": persona, "input": {"text": text}, **fields})
+
+    async def talk(self, npc: str, text: str, **fields: Any) -> wire.LineEnd:
+        """Say something to an open NPC and wait for the end of its line; it remembers both. Raises as `say`."""
+        return await self._speak({"npc": npc, "input": {"text": text}, **fields})
+
+    async def _speak(self, request: dict[str, Any]) -> wire.LineEnd:
+        batch = await self.generate([{"line": f"l{next(self._ids)}", **request}])
         ends = [event async for event in batch if isinstance(event, wire.LineEnd)]
         for item in batch.rejected:
             raise RequestError(item.code or "internal", item.message or "", item.hint or "")

@@ -188,4 +188,4 @@ def _prepare_daemon(persona: str, folder: Path, base: str) -> list[str]:
     Library.load(folder).find(persona)
     with progress_bars(stderr()) as report:
         resolve_base(base, report)
-    return serve_options(base=base, personas=folder, project="chat")
+    return serve_options(base=base, personas=folder, command="chat")

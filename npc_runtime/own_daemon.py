@@ -72,10 +72,9 @@ def _wait_for_endpoint(process: subprocess.Popen[str], log: Any) -> Endpoint:
 
 
 def serve_options(
-    *, base: str, personas: Path, project: str, dtype: str = "auto", threads: int | None = None
+    *, base: str, personas: Path, command: str, dtype: str = "auto", threads: int | None = None
 ) -> list[str]:
-    """The command-line options of a daemon that is this process's alone, and does not outlive it."""
-    me = str(os.getpid())
-    own = ["--project", f"{project}-{me}", "--owner-pid", me, "--log-file", "-"]
+    """The daemon's command-line options for these settings; `command` is who needs it, and for how long."""
+    own = ["--project", f"{command}-{os.getpid()}", "--owner-pid", str(os.getpid()), "--log-file", "-"]
     options = ["--base", base, "--dtype", dtype, "--personas", str(personas), *own]
     return options + (["--threads", str(threads)] if threads else [])

@@ -25,16 +25,20 @@ from npc_runtime.connection import Connection
 from npc_runtime.door import Door
 from npc_runtime.effects import PersonaMessage
 from npc_runtime.engine.core import (
+    AdapterEvicted,
+    AdapterLoaded,
+    Degraded,
     Ended,
     EndReason,
-    EngineStats,
     Event,
     LineEngine,
+    News,
     Request,
     SamplingParams,
     StepOutput,
 )
 from npc_runtime.errors import DeviceFailed, InternalError, OverloadError, WireError
+from npc_runtime.figures import engine_figures
 from npc_runtime.gate import HELLO_TIMEOUT_S, Gate
 from npc_runtime.line import Job
 from npc_runtime.metrics import Metrics
@@ -164,6 +168,8 @@ class NpcServer:
             connection.perform(connection.session.on_loading(label, progress))
 
     def _deliver(self, step: StepOutput) -> None:
+        for news in step.news:
+            self.broadcast(_event_of(news))
         events: defaultdict[Connection, list[Event]] = defaultdict(list)
         for event in step.events:
             owner = self._owners.get(event.request_id)
@@ -185,7 +191,7 @@ class NpcServer:
     def submit(self, owner: Connection, jobs: Iterable[Job]) -> None:
         """Give a connection's lines to the engine as one command."""
         assert self._engine is not None
-        requests = [_to_request(job, None if job.batch is None else (owner, job.batch)) for job in jobs]
+        requests = [_to_request(job, owner) for job in jobs]
         self._owners.update((request.id, owner) for request in requests)
         if self._engine.has_died:  # and another process is about to take over
             error = DeviceFailed("The engine has stopped.", "The daemon restarts; send the line again.")
@@ -275,17 +281,8 @@ class NpcServer:
         """The fields of `stats`, and the body of `reply` to `status`."""
         assert self._engine is not None
         assert self._stage is not None
-        stats: EngineStats = self._engine.stats()
         return {
-            "active": stats.num_running,
-            "queued": stats.num_waiting,
-            "tokens_per_s": round(stats.tokens_per_s, 1),
-            "tokens": stats.num_tokens,
-            "forwards": stats.num_forwards,
-            "kv_used": stats.kv_blocks_used / stats.kv_blocks_total,
-            "kv_cached": stats.kv_blocks_cached / stats.kv_blocks_total,
-            "preempted": stats.num_preempted,
-            "adapters": list(stats.adapters_resident),
+            **engine_figures(self._engine.stats()),
             "personas": len(self._stage.library),
             "connections": sum(connection.session.has_said_hello for connection in self._connections),
             "uptime_s": round(time.monotonic() - self._started_at, 1),
@@ -383,7 +380,7 @@ def _manage(folder: PersonaFolder, message: PersonaMessage) -> dict[str, Any] | 
         return InternalError("The persona's file could not be managed.", "The daemon's log has the details.")
 
 
-def _to_request(job: Job, group: Hashable) -> Request:
+def _to_request(job: Job, owner: Connection) -> Request:
     sampling = job.sampling
     values = sampling.model_dump(exclude={"stop"})
     return Request(
@@ -392,12 +389,23 @@ def _to_request(job: Job, group: Hashable) -> Request:
         sampling=SamplingParams(**values, stop=tuple(sampling.stop or ()), soft_words=job.soft_words),
         arrival=job.arrival,
         adapter=job.adapter,
-        group=group,
+        group=None if job.batch is None else (owner, job.batch),
+        client=owner,
         asked=job.asked,
         priority=job.priority,
         deadline=None if job.deadline_ms is None else job.arrival + job.deadline_ms / 1000,
         is_warmup=job.batch is None,
     )
+
+
+def _event_of(news: News) -> wire.Event:
+    match news:
+        case AdapterLoaded(name):
+            return wire.Event(kind="adapter.loaded", adapter=name)
+        case AdapterEvicted(name):
+            return wire.Event(kind="adapter.evicted", adapter=name)
+        case Degraded(message):
+            return wire.Event(kind="degraded", message=message)
 
 
 def _split_group(group: Hashable) -> tuple[Connection, wire.Id]:

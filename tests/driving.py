@@ -20,13 +20,15 @@ from npc_runtime.engine.engine import Engine
 
 @dataclass
 class Run:
-    """What came out: events of each request, and how many forwards served each group."""
+    """What came out: events of each request, how many forwards served each group, and news."""
 
     events: dict = field(default_factory=dict)
     forwards: dict = field(default_factory=dict)
     tokens: dict = field(default_factory=dict)
+    news: list = field(default_factory=list)
 
     def on_step(self, step):
+        self.news += step.news
         for event in step.events:
             self.events.setdefault(event.request_id, []).append(event)
         for group in step.groups:

@@ -1,6 +1,5 @@
 """The adapter store: what is loaded when, by whom and from where, and what a load that fails leaves behind."""
 
-import contextlib
 import shutil
 import threading
 import time
@@ -9,6 +8,7 @@ import pytest
 import torch
 from conftest import MS
 from driving import ask, hold
+from fake_cuda import LOWEST, FakeCuda
 from tiny import make_adapter, make_model
 
 from npc_runtime.engine.adapters import AdapterStore
@@ -444,51 +444,39 @@ def test_what_was_read_survives_an_error_of_the_device(make, folders):
 # -- on a GPU, whose calls are only noted down here ---------------------------------------------------------------
 
 
-class FakeStream:
-    def __init__(self, calls):
-        self._calls = calls
-
-    def record_event(self):
-        self._calls.append("recorded")
-        return "the steps so far"
-
-    def wait_event(self, event):
-        self._calls.append(f"waits for {event}")
-
-    def synchronize(self):
-        self._calls.append("synchronized")
-
-
 @pytest.fixture
 def gpu_store(make, monkeypatch):
     """A store that takes its device for a GPU once its pool is made, and what it asks of the device."""
-    store, calls = make(), []
+    store, cuda = make(), FakeCuda(monkeypatch)
     store.open()
     store._device = torch.device("cuda:0")
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream(calls))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(calls))
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     write = store._write
-    monkeypatch.setattr(store, "_write", lambda *given: (calls.append("written"), write(*given)))
-    return store, calls
+
+    def note(*given):
+        cuda.calls.append(f"written on {cuda.made.index(cuda.current)}")
+        write(*given)
+
+    monkeypatch.setattr(store, "_write", note)
+    return store, cuda
 
 
 def test_pages_are_written_after_the_steps_that_may_still_read_them(gpu_store):
     """Nobody waits for a step that samples nothing, such as the last one of a warmup."""
-    store, calls = gpu_store
+    store, cuda = gpu_store
     ask(store, "c")
     assert settle(store) == []
-    assert calls == ["recorded", "waits for the steps so far", "written", "synchronized"]
+    assert cuda.calls == ["recorded", "waits for the steps so far", "written on 0", "synchronized"]
+    assert [stream.priority for stream in cuda.made] == [LOWEST]
 
 
 def test_a_loader_without_a_stream_fails_the_load(gpu_store, monkeypatch):
     """A broken context must not leave a line waiting for ever."""
     store, _ = gpu_store
 
-    def broken(device):
+    def broken():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(torch.cuda, "Stream", broken)
+    monkeypatch.setattr(torch.cuda.Stream, "priority_range", broken)
     ask(store, "c")
     with pytest.raises(RuntimeError, match="illegal memory access"):
         settle(store)

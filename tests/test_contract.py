@@ -28,7 +28,8 @@ async def settle(game):
     """All messages up to the answer of a question: what comes later would be too late."""
     await game.send(type="status", id="settled")
     messages = await game.until("reply")
-    assert messages[-1]["re"] == "settled"
+    while messages[-1]["re"] != "settled":
+        messages += await game.until("reply")
     return messages
 
 
@@ -115,7 +116,7 @@ async def test_r2_what_is_not_taken_is_said_and_nothing_degrades_silently(daemon
 async def test_r3_deltas_are_whole_characters_and_the_end_has_the_text(daemon, subprotocol):
     async with play(daemon, subprotocol, want={"tick_ms": 0}) as game:
         texts = ["Þú! “Naïve” 你好 🜁", "Say 水 and 🙂 please.", "Hello."]
-        sampling = {"temperature": 1.5, "max_tokens": 40}
+        sampling = {"temperature": 1.5, "max_tokens": 40, "seed": 1}
         await game.send(
             type="generate", batch=1, lines=[line(n, text=t, sampling=sampling) for n, t in enumerate(texts)]
         )
@@ -192,7 +193,7 @@ async def test_r6_a_slow_reader_loses_its_lines_and_nobody_waits_for_it(daemon, 
         messages = await slow.until("batch.end")
     end = ends_of(messages)[1]
     assert (end["reason"], end["error"]["code"], end["error"]["retryable"]) == ("overload", "overload", True)
-    assert [m["kind"] for m in messages if m["type"] == "event"] == ["overload"]
+    assert [m["kind"] for m in messages if m["type"] == "event" and "adapter" not in m] == ["overload"]
     assert [m["type"] for m in messages].count("line.end") == 1
 
 
@@ -255,10 +256,8 @@ async def test_r9_what_caps_list_is_served(daemon, subprotocol):
         types = [cap for cap in CAPS if cap not in FEATURES]
         for number, kind in enumerate(types):
             await game.send(type=kind, id=number)
-            answer = await game.receive()
-            assert answer.get("code") != "unsupported", kind
-    async with play(daemon, subprotocol, protocol=1) as game:
-        pass
+            answers = [m for m in await settle(game) if m.get("re") == number]
+            assert [m.get("code") for m in answers] not in (["unsupported"], ["internal"]), kind
 
 
 FEATURES = {"persona.changed", "resume", "draft", "fallback", "trim", "deadline", "context", "stats"}
@@ -328,7 +327,7 @@ async def test_stats_come_once_a_second_to_who_asked(daemon, subprotocol):
         await other.send(type="status", id=1)
         body = (await other.receive())["body"]
     assert 0.8 < second["uptime_s"] - first["uptime_s"] < 3.0
-    assert set(body) <= set(second)
+    assert {name for name, value in body.items() if value is not None} <= set(second)
     assert second["connections"] == 2
     assert second["memory"]["process"] > 100
 

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
+from fake_cuda import LOWEST, FakeCuda
 
-from npc_runtime.engine.device import choose_device
+from npc_runtime.engine.device import choose_device, make_stream
 
 
 def choose(**environment):
@@ -32,3 +33,12 @@ def test_the_gpu_is_named_by_its_number(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     device = choose_device("auto")
     assert (device.torch_device, device.dtype, device.name) == (torch.device("cuda:1"), torch.bfloat16, "a card")
+
+
+def test_a_stream_has_the_lowest_priority_and_begins_behind_what_was_asked_before(monkeypatch):
+    """The weights, which are still being copied."""
+    cuda = FakeCuda(monkeypatch)
+    stream = make_stream(torch.device("cuda:0"))
+    assert stream.priority == LOWEST
+    assert cuda.waits == [(stream, cuda.default)]
+    assert make_stream(torch.device("cpu")) is None

@@ -69,8 +69,8 @@ def start(base, store, **sizes):
     engine, run = make_engine(base, store, EngineConfig(**{"kv_tokens": 8192, **sizes}))
     plan = engine._scheduler.plan
 
-    def remember(*args):
-        engine._rows = plan(*args)
+    def remember(*args, **options):
+        engine._rows = plan(*args, **options)
         return engine._rows
 
     engine._scheduler.plan = remember

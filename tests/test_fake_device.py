@@ -5,11 +5,13 @@ launches are noted instead of run. What Triton would compile depends on where te
 """
 
 import random
+import threading
 from collections import Counter
 
 import pytest
 import torch
-from driving import greedy, hold, make_store
+from driving import FakeTokenizer, greedy, hold, make_store
+from fake_cuda import LOWEST, FakeCuda
 from npc_kernels import gpu, gpu_plan
 from tiny import CONFIGS, SIZES, make_adapter, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,8 +21,11 @@ from triton.compiler import make_backend
 from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+import npc_runtime.engine.engine as engine_module
 from npc_runtime.engine import sampler
-from npc_runtime.engine.core import EngineConfig, Sequence
+from npc_runtime.engine.core import Ended, EngineConfig, Sequence
+from npc_runtime.engine.device import make_stream
+from npc_runtime.engine.engine import Engine
 from npc_runtime.engine.model import Decoder
 from npc_runtime.engine.runner import Runner
 from npc_runtime.engine.sampler import sample
@@ -36,12 +41,14 @@ RANKS = {"one": 16, "two": 24}
 class Copies(TorchDispatchMode):
     """Notes from where to where numbers are copied, and how: what is pinned here is so by its word only."""
 
-    def __init__(self):
+    def __init__(self, find_stream=lambda: None):
         super().__init__()
         self.pinned = {}  # storages by address, kept so that none is another's later
+        self.find_stream = find_stream
         self.clear()
 
     def clear(self):
+        self.streams = set()  # on which there were copies and launches
         self.seen = []
         self.waits = []  # copies that the host would wait for
         self.launched = []  # torch's own kernels on the device
@@ -64,6 +71,7 @@ class Copies(TorchDispatchMode):
             )
             if made.device == FAKE and not crossed and not is_view and not name.startswith("empty"):
                 self.launched.append(name)
+            self.streams |= {self.find_stream()} if made.device == FAKE and not is_view else set()
         return result
 
 
@@ -107,6 +115,13 @@ def compiled(monkeypatch):
     return seen
 
 
+def make_filled_store(folder, decoder):
+    store = make_store(decoder)
+    for name in RANKS:
+        store.add(name, [(folder / name, 1.0)])
+    return store
+
+
 class Game:
     """A runner on the fake device and lines that have read their prompts."""
 
@@ -116,9 +131,7 @@ class Game:
             folder / "model", dtype=torch.bfloat16, device=device, on_progress=lambda fraction: None
         )
         decoder = Decoder(config, tensors, gpu)
-        self.store = make_store(decoder)
-        for name in RANKS:
-            self.store.add(name, [(folder / name, 1.0)])
+        self.store = make_filled_store(folder, decoder)
         self.store.open()
         self.runner = Runner(decoder, self.store, EngineConfig(kv_tokens=4096))
         self.lines = []
@@ -241,6 +254,49 @@ def test_no_step_compiles_anything_after_the_rehearsal(folder, compiled):
         "_head_kernel": 3,
         "_draw_kernel": 1,
     }
+
+
+def test_all_that_an_engine_asks_for_is_on_one_stream_of_the_lowest_priority(folder, monkeypatch):
+    """Pools, the rehearsal, and what its thread does: launches, copies, and the events that loads wait for."""
+    cuda = FakeCuda(monkeypatch)
+    monkeypatch.setattr(engine_module, "make_stream", lambda device: make_stream(torch.device("cuda:0")))
+    launched = []
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: launched.append(cuda.current))
+    copies = Copies(lambda: cuda.current)
+    game = Game(folder, (5,), (None,))
+    decoder, ends, is_over = game.runner._decoder, [], threading.Event()
+    launched.clear()
+
+    def note_end(step):
+        ends.extend(event for event in step.events if isinstance(event, Ended))
+        if len(ends) == 3:
+            is_over.set()
+
+    with copies:
+        store = make_filled_store(folder, decoder)
+        engine = Engine(decoder, FakeTokenizer(), store, EngineConfig(kv_tokens=2048), on_step=note_end)
+        engine.warm(lambda fraction: None)
+    (stream,) = cuda.made
+    assert (stream.priority, cuda.waits) == (LOWEST, [(stream, cuda.default)])
+    assert copies.streams == set(launched) == {stream}
+    assert cuda.current is cuda.default, "of other threads' work nothing is changed"
+    copies.clear()
+    launched.clear()
+    run_rows = engine._run_rows
+
+    def run_noted(rows, events):
+        with copies:  # a mode is a thread's own
+            run_rows(rows, events)
+
+    monkeypatch.setattr(engine, "_run_rows", run_noted)
+    monkeypatch.setattr(engine._runner, "draw", game.draw)
+    engine.start()
+    engine.submit([greedy(number, [3] * 9, name, max_tokens=3) for number, name in enumerate(["one", "two", None])])
+    assert is_over.wait(30)
+    engine.close(30)
+    assert launched
+    assert copies.seen
+    assert copies.streams == set(launched) == {stream}
 
 
 def test_waiting_for_the_device_fails(folder, launches):

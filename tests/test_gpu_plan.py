@@ -1,6 +1,12 @@
 """What the GPU is told of a step, against the step itself: random rows, adapters and lengths."""
 
+import contextlib
+import types
+from dataclasses import replace
+
+import pytest
 import torch
+from fake_cuda import FakeCuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from npc_kernels.gpu_plan import BUCKETS, CHUNK, PAGE_CLASSES, PLANES, plan, room
@@ -106,3 +112,29 @@ def test_steps_that_no_graph_serves():
     assert room(make_batch([(4, 5)], [tuple(range(9))], POOL)) is None, "an adapter of nine pages"
     assert room(make_batch([(4, 5)] * 2, sampled=torch.tensor([1]))) is None, "somebody who is not sampled"
     assert room(make_batch([])) is None
+
+
+@pytest.mark.parametrize("has_own_stream", [True, False])
+def test_a_graph_is_captured_on_the_stream_that_it_will_be_replayed_on(monkeypatch, has_own_stream):
+    """Its kernels keep that stream's priority. The default stream cannot be captured: there torch takes another."""
+    cuda, captured = FakeCuda(monkeypatch), []
+
+    @contextlib.contextmanager
+    def graph(recorded, *, pool, stream, capture_error_mode):
+        captured.append((stream, pool, capture_error_mode))
+        yield
+
+    monkeypatch.setattr(
+        torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: computed.append("replay"))
+    )
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "a pool")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    batch, computed = decode_step([(5, ()), (9, ())]), []
+    planned = plan(batch, TABLE, TABLE, room=room(batch))
+    on_gpu = replace(planned, packed=types.SimpleNamespace(device=torch.device("cuda:0")))
+    own = torch.cuda.Stream(priority=0) if has_own_stream else None
+    with cuda.use(own):
+        run = on_gpu.record(lambda: computed.append(cuda.current) or torch.zeros(2, 3))
+        assert run().shape == (2, 3)
+    assert captured == [(own, "a pool", "thread_local")]
+    assert computed == [own or cuda.default] * 2 + ["replay"]

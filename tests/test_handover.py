@@ -29,7 +29,7 @@ from npc_runtime.persona import shipped_personas
 from npc_runtime.project_lock import ProjectLock, is_held
 
 SCRIPT = """
-import os, pathlib, torch
+import ctypes, os, pathlib, torch
 from npc_runtime.engine import engine, faults, runner
 from npc_runtime import handover
 
@@ -44,8 +44,14 @@ def fail(self, rows):
 def probe(device):
     raise faults.DeviceLost("it does not answer")
 
+def hang(self, rows):
+    while True:
+        ctypes.CDLL(None).pause()  # in C, without Python's lock, as in a driver
+
 if is_broken:
-    runner.Runner.forward, engine.probe_device = fail, probe
+    runner.Runner.forward, engine.probe_device = hang if TICKS else fail, probe
+    engine.TICK_S, engine.MAX_STEP_TICKS = 0.1, {"cpu": TICKS or 600}
+handover.CAN_REPLACE = CAN_REPLACE
 print("handed over" if handover.VARIABLE in os.environ else "started", file=__import__("sys").stderr, flush=True)
 
 from npc_runtime.cli import main
@@ -58,9 +64,11 @@ def broken_daemon(tmp_path):
     """`npc-runtime serve` on a device that is lost at the first step: of the first process, or of every one."""
     running = []
 
-    def start(*extra, always=False, stderr=None):
+    def start(*extra, always=False, ticks=None, can_replace=True, stderr=None):
+        """With `ticks` the device does not fail but hang, and is given up after so many."""
+        values = dict(MARKER=str(tmp_path / "marker"), ALWAYS=always, TICKS=ticks, CAN_REPLACE=can_replace)
         script = tmp_path / "broken.py"
-        script.write_text(SCRIPT.replace("MARKER", repr(str(tmp_path / "marker"))).replace("ALWAYS", str(always)))
+        script.write_text("\n".join(f"{name} = {value!r}" for name, value in values.items()) + SCRIPT)
         options = ["--port", "0", "--personas", str(shipped_personas()), "--dtype", "float32", "--project", "broken"]
         options += extra
         log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 - discard() closes it
@@ -146,6 +154,41 @@ async def test_owner_lock_and_log_go_on(broken_daemon, tmp_path):
     assert sum(line.startswith("INFO npc-runtime ") for line in said) == 2
     assert sum("the owner is gone" in line for line in said) == 1
     assert sum(" personas; ws://" in line for line in said) == 2
+
+
+async def test_a_device_that_hangs_is_left_with_the_process(broken_daemon):
+    """Its thread is stuck for good; the new process has none such, on the same port and under the same id."""
+    daemon = broken_daemon(always=False, ticks=10)
+    ends, close = await speak(daemon, 12)
+    assert [end["line"] for end in ends] == list(range(12))
+    assert {(end["reason"], end["error"]["retryable"]) for end in ends} == {("error", True)}
+    assert close.code == 1012
+    ends, _ = await speak(daemon)
+    assert ends[0]["reason"] in ("stop", "length")
+    assert runtime_file() == daemon.endpoint
+    assert await asyncio.to_thread(daemon.stop) == 0
+    assert "a step does not come back" in daemon.read_log()
+    assert "in hang" in daemon.read_log()
+
+
+async def test_a_device_that_hangs_ends_the_daemon_where_there_is_no_exec(broken_daemon):
+    daemon = broken_daemon(always=True, ticks=10, can_replace=False)
+    ends, _ = await speak(daemon)
+    assert ends[0]["reason"] == "error"
+    assert await asyncio.to_thread(daemon.process.wait, 10_000 * MS) == 1
+    assert daemon.read_log().splitlines()[-1].startswith("npc-runtime: The engine thread died.")
+    assert runtime_file() is None
+
+
+async def test_a_daemon_that_hangs_can_be_stopped(broken_daemon):
+    """Before anybody has noticed that it hangs."""
+    daemon = broken_daemon(always=True, ticks=10_000)
+    async with play(daemon) as game:
+        await game.send(type="generate", batch=1, lines=[line(0, sampling={"max_tokens": 8})])
+        await game.until("accepted")
+        await asyncio.sleep(200 * MS)
+        assert await asyncio.to_thread(daemon.stop) == 0
+    assert runtime_file() is None
 
 
 async def test_a_device_that_always_fails_ends_the_daemon(broken_daemon):

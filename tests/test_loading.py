@@ -140,7 +140,7 @@ def test_the_thread_sleeps_while_all_lines_wait_for_a_load(crowd, stock, monkeyp
 
     engine = Engine(base.decoder, base.tokenizer, store, EngineConfig(kv_tokens=4096), on_step=on_step)
     steps, plan = [], engine._scheduler.plan
-    monkeypatch.setattr(engine._scheduler, "plan", lambda *arguments: steps.append(1) or plan(*arguments))
+    monkeypatch.setattr(engine._scheduler, "plan", lambda *args, **options: steps.append(1) or plan(*args, **options))
     engine.start()
     engine.submit([line(1, "a0")])
     threading.Event().wait(200 * MS)

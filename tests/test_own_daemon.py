@@ -21,7 +21,7 @@ def runtime_folder(tmp_path, monkeypatch):
 async def test_it_answers_until_the_command_is_over(make_persona, tmp_path):
     make_persona("guard")
     options = serve_options(
-        base="smollm2-135m", personas=tmp_path / "personas", project="own", dtype="float32", threads=1
+        base="smollm2-135m", personas=tmp_path / "personas", command="own", dtype="float32", threads=1
     )
     async with own_daemon(options) as endpoint:
         target = Target(f"ws://127.0.0.1:{endpoint.port}/v1", endpoint.token)
@@ -34,7 +34,7 @@ async def test_it_answers_until_the_command_is_over(make_persona, tmp_path):
 
 async def test_why_it_does_not_start_is_told(tmp_path):
     (tmp_path / "base").mkdir()
-    options = serve_options(base=str(tmp_path / "base"), personas=tmp_path, project="own")
+    options = serve_options(base=str(tmp_path / "base"), personas=tmp_path, command="own")
     with pytest.raises(StartupError, match=r"did not start:\n[^$]*has no config\.json"):
         async with own_daemon(options):
             pass

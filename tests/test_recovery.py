@@ -5,11 +5,12 @@ import time
 
 import pytest
 import torch
+from conftest import MS
 from driving import NUM_ADAPTERS, greedy, make_engine, make_store, speak
 from test_engine import break_once, lines
 
 import npc_runtime.engine.engine as engine_module
-from npc_runtime.engine.core import Ended, EndReason, EngineConfig
+from npc_runtime.engine.core import Degraded, Ended, EndReason, EngineConfig, Spoken
 from npc_runtime.engine.engine import MAX_RECOVERIES, Engine
 from npc_runtime.engine.faults import DeviceLost
 
@@ -50,6 +51,8 @@ def test_running_and_waiting_lines_end_and_the_next_say_what_they_would_have(tin
     assert not engine._runner._recordings
     assert not engine._runner._kv.keys.any()
     assert not engine._runner._kv.values.any()
+    assert [type(item) for item in run.news] == [Degraded]
+    assert "answers again" in run.news[0].message
     assert speak(engine, run, prompts).tokens == expected
     assert [run.ended(n).num_cached for n in range(1, 6)] == cached
 
@@ -124,7 +127,8 @@ def start(base, store, monkeypatch, probe):
 
     def on_step(step):
         ended.extend(event for event in step.events if isinstance(event, Ended))
-        seen.set()
+        if step.events:
+            seen.set()
 
     engine = Engine(
         base.decoder, base.tokenizer, store, EngineConfig(kv_tokens=2048), on_step=on_step, on_death=died.set
@@ -193,3 +197,148 @@ def test_a_loader_that_hangs_cannot_hold_up_the_recovery(tiny, tmp_path, monkeyp
     assert time.monotonic() - started < 5.0
     assert_device_failed(run, (1, 2))
     store.close(30.0)
+
+
+# -- a step that does not come back --------------------------------------------------------------------------
+
+
+class Hanging:
+    """An engine with its thread, whose device hangs in a forward until `release` is set; and all that is told."""
+
+    def __init__(self, base, store, monkeypatch, *, after=3):
+        monkeypatch.setattr(engine_module, "TICK_S", 5 * MS)
+        monkeypatch.setattr(engine_module, "MAX_STEP_TICKS", {"cpu": 20})
+        self.release, self.hangs, self.died = threading.Event(), threading.Event(), threading.Event()
+        self.events, self.deaths = [], []
+        config = EngineConfig(kv_tokens=2048, max_rows=2)
+        self.engine = Engine(base.decoder, base.tokenizer, store, config, on_step=self.take, on_death=self.die)
+        self.forward, self.left = self.engine._runner.forward, after
+        monkeypatch.setattr(self.engine._runner, "forward", self.hang)
+
+    def take(self, step):
+        self.events += step.events
+
+    def die(self):
+        self.deaths.append(threading.current_thread().name)
+        self.died.set()
+
+    def hang(self, rows):
+        self.left -= 1
+        if self.left < 0:
+            self.hangs.set()
+            assert self.release.wait(30)
+        return self.forward(rows)
+
+    def check(self, numbers):
+        """Each ended once, with what had been said of it, and nothing was said afterwards."""
+        ends = {event.request_id: event for event in self.events if isinstance(event, Ended)}
+        assert [event.request_id for event in self.events if isinstance(event, Ended)] == list(numbers)
+        for number, end in ends.items():
+            own = [event for event in self.events if event.request_id == number]
+            assert own[-1] is end
+            assert end.text == "".join(event.text for event in own if isinstance(event, Spoken))
+            assert (end.reason, end.error.code, end.error.retryable) == (EndReason.ERROR, "internal", True)
+
+
+def test_a_step_that_never_comes_back_ends_all_lines(tiny, monkeypatch, caplog):
+    """Two that speak, one that waits, one that no step has seen, one that comes afterwards."""
+    case = Hanging(*tiny, monkeypatch)
+    case.engine.start()
+    case.engine.submit([greedy(n, range(3, 12), "a1", max_tokens=400) for n in (1, 2, 3)])
+    assert case.hangs.wait(5_000 * MS)
+    case.engine.submit([greedy(4, range(3, 12), None)])
+    assert case.died.wait(5_000 * MS)
+    assert case.engine.has_died
+    assert case.deaths == ["engine watchdog"]
+    case.engine.submit([greedy(5, range(3, 12), None)])
+    case.check([1, 2, 3, 4, 5])
+    assert len([event for event in case.events if isinstance(event, Spoken)]) == 6
+    assert "in hang" in caplog.text, "the log says where"
+    started = time.monotonic()
+    case.engine.close(50 * MS)
+    assert time.monotonic() - started < 5.0
+    assert case.engine._thread.is_alive()
+    case.release.set()
+
+
+def test_a_step_that_comes_back_late_finds_that_all_is_over(tiny, monkeypatch, caplog):
+    case = Hanging(*tiny, monkeypatch)
+    case.engine.start()
+    case.engine.submit([greedy(n, range(3, 12), "a1", max_tokens=400) for n in (1, 2, 3)])
+    assert case.died.wait(5_000 * MS)
+    case.release.set()
+    case.engine._thread.join(5_000 * MS)
+    assert not case.engine._thread.is_alive()
+    case.check([1, 2, 3])
+    assert case.deaths == ["engine watchdog"], "once"
+    assert "came back" in caplog.text
+    assert "the engine thread died" not in caplog.text
+    case.engine.close(5.0)
+    case.check([1, 2, 3])
+
+
+def test_a_thread_that_comes_back_with_nothing_to_say_ends_too(tiny, monkeypatch):
+    """It hangs where the loader's news are taken, and no line is there."""
+    case = Hanging(*tiny, monkeypatch, after=0)
+    monkeypatch.setattr(case, "forward", lambda rows: None)
+    monkeypatch.setattr(case.engine, "_end_unloadable", lambda events: None if case.hangs.is_set() else case.hang([]))
+    case.engine.start()
+    case.engine.cancel([])
+    assert case.hangs.wait(5_000 * MS)
+    assert case.died.wait(5_000 * MS)
+    case.release.set()
+    case.engine._thread.join(5_000 * MS)
+    assert not case.engine._thread.is_alive()
+    assert case.events == []
+
+
+@pytest.mark.parametrize("late_ms", [95, 100, 105, 110, 115])
+def test_whoever_is_first_ends_a_line_once(tiny, monkeypatch, late_ms):
+    """The step comes back at the very moment in which it is given up."""
+    case = Hanging(*tiny, monkeypatch)
+    case.engine.start()
+    case.engine.submit([greedy(n, range(3, 12), "a1", max_tokens=6) for n in (1, 2)])
+    assert case.hangs.wait(5_000 * MS)
+    time.sleep(late_ms * MS)
+    case.left = 1_000
+    case.release.set()
+    case.engine._thread.join(300 * MS)
+    case.engine.close(5.0)
+    ends = [event.request_id for event in case.events if isinstance(event, Ended)]
+    assert sorted(ends) == [1, 2]
+    over = set()
+    for event in case.events:
+        assert event.request_id not in over
+        over |= {event.request_id} if isinstance(event, Ended) else set()
+    assert len(case.deaths) == case.engine.has_died
+
+
+def test_a_slow_step_and_a_long_sleep_are_no_hang(tiny, monkeypatch):
+    """Half of the patience, again and again; a pause; nothing to do."""
+    case = Hanging(*tiny, monkeypatch, after=10**6)
+    forward = case.forward
+    monkeypatch.setattr(case, "forward", lambda rows: (time.sleep(30 * MS), forward(rows))[1])
+    case.engine.start()
+    case.engine.submit([greedy(1, range(3, 12), None, max_tokens=8)])
+    assert not case.died.wait(400 * MS)
+    case.engine.configure(max_tokens_per_s=None, paused=True)
+    case.engine.submit([greedy(2, range(3, 12), None, max_tokens=8)])
+    assert not case.died.wait(300 * MS)
+    case.engine.close(5.0)
+    assert not case.engine.has_died
+
+
+def test_closing_does_not_wait_for_a_step_that_hangs(tiny, monkeypatch):
+    """Before the watchdog noticed: every line is cancelled, once, and the thread is left behind."""
+    case = Hanging(*tiny, monkeypatch)
+    monkeypatch.setattr(case.engine._watchdog._patience, "_limit", 10**6)
+    case.engine.start()
+    case.engine.submit([greedy(n, range(3, 12), "a1", max_tokens=400) for n in (1, 2, 3)])
+    assert case.hangs.wait(5_000 * MS)
+    case.engine.close(50 * MS)
+    ends = [(event.request_id, event.reason) for event in case.events if isinstance(event, Ended)]
+    assert ends == [(n, EndReason.CANCELLED) for n in (1, 2, 3)]
+    case.release.set()
+    case.engine._thread.join(5_000 * MS)
+    assert [event.request_id for event in case.events if isinstance(event, Ended)] == [1, 2, 3]
+    assert not case.deaths

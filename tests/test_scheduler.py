@@ -22,13 +22,13 @@ def welcome(sequence):
     return Admission.ADMITTED
 
 
-def plan(scheduler, now=0.0, admit=welcome, leave=lambda sequence: None):
-    return scheduler.plan(now, admit, leave)
+def plan(scheduler, admit=welcome, leave=lambda sequence: None):
+    return scheduler.plan(admit, leave)
 
 
-def step(scheduler, admit=welcome, leave=lambda sequence: None, now=0.0):
+def step(scheduler, admit=welcome, leave=lambda sequence: None, **options):
     """Run one step as the engine does; returns its rows as (id, start, stop)."""
-    rows = scheduler.plan(now, admit, leave)
+    rows = scheduler.plan(admit, leave, **options)
     done = [(row.sequence.request.id, row.start, row.stop) for row in rows]
     samples = [row.sequence for row in rows if row.samples]
     scheduler.computed(rows)
@@ -68,7 +68,7 @@ def test_waiting_raises_a_line_by_one_priority_every_two_seconds():
     scheduler.add(make_request(1, reply=1, priority=3, arrival=0.0))
     scheduler.add(make_request(2, reply=1, priority=5, arrival=3.9))
     scheduler.add(make_request(3, reply=1, priority=5, arrival=4.1))
-    assert [step(scheduler, now=5.0)[0][0] for _ in range(3)] == [2, 1, 3]
+    assert [step(scheduler)[0][0] for _ in range(3)] == [2, 1, 3]
 
 
 def test_nothing_starves():
@@ -77,7 +77,7 @@ def test_nothing_starves():
     scheduler.add(make_request(0, reply=1, priority=0))
     for second in range(30):
         scheduler.add(make_request(second + 1, reply=1, priority=9, arrival=float(second)))
-        if step(scheduler, now=float(second))[0][0] == 0:
+        if step(scheduler)[0][0] == 0:
             break
     assert second == 18
 
@@ -180,6 +180,124 @@ def test_a_warmup_reads_its_prompt_and_samples_nothing():
     scheduler.computed(first)
     last = plan(scheduler)
     assert [(row.stop, row.samples, row.ends_warmup) for row in last] == [(10, False, True)]
+
+
+# -- turns ---------------------------------------------------------------------------------------------------
+
+
+def admitted(scheduler, count):
+    """Ids in the order in which they get the one row, each line speaking one token."""
+    return [step(scheduler)[0][0] for _ in range(count)]
+
+
+def test_the_example_of_the_docstring():
+    scheduler = make_scheduler(max_rows=1)
+    lines = [(9, "A"), (5, "A"), (5, "A"), (5, "A"), (5, "B"), (5, "C"), (0, "B")]
+    for request_id, (priority, client) in enumerate(lines):
+        scheduler.add(make_request(request_id, reply=1, priority=priority, client=client))
+    assert admitted(scheduler, 7) == [0, 1, 4, 5, 2, 3, 6]
+
+
+@pytest.mark.parametrize("late", [0.0, 30.0], ids=["together", "after half a minute"])
+def test_who_sends_256_lines_does_not_keep_another_waiting(late):
+    """However long the many have waited: waiting raises priorities, and nobody above his fellows."""
+    scheduler = make_scheduler(max_rows=4, kv_tokens=256)
+    for request_id in range(256):
+        scheduler.add(make_request(request_id, reply=4, client="many"))
+    for _ in range(9):
+        step(scheduler)
+    for request_id in (1_000, 1_001):
+        scheduler.add(make_request(request_id, reply=4, client="few", arrival=late))
+    begun = []
+    while 1_001 not in begun:
+        begun += [row[0] for row in step(scheduler) if row[1] == 0]
+    assert begun.index(1_000) <= 1
+    assert begun.index(1_001) <= 3, "as many as the other"
+
+
+def test_two_with_many_lines_share_one_row():
+    scheduler = make_scheduler(max_rows=1)
+    for request_id in range(12):
+        scheduler.add(make_request(request_id, reply=1, client="A" if request_id < 8 else "B"))
+    assert admitted(scheduler, 12) == [0, 8, 1, 9, 2, 10, 3, 11, 4, 5, 6, 7]
+
+
+def test_nothing_is_kept_of_clients_that_are_gone():
+    scheduler = make_scheduler(max_rows=2)
+    for request_id in range(200):
+        scheduler.add(make_request(request_id, reply=1, client=f"client {request_id}"))
+        step(scheduler)
+    assert len(scheduler._turns) <= 2
+
+
+def test_lines_that_run_count_as_turns_that_were_taken():
+    scheduler = make_scheduler(max_rows=4)
+    for request_id in (1, 2, 3):
+        scheduler.add(make_request(request_id, reply=9, client="A"))
+    assert len(step(scheduler)) == 3
+    for request_id, client in [(4, "A"), (5, "A"), *((number, "B") for number in range(6, 12))]:
+        scheduler.add(make_request(request_id, reply=1, client=client))
+    begun = []
+    while len(begun) < 8:
+        begun += [row[0] for row in step(scheduler) if row[1] == 0]
+    assert begun[:3] == [6, 7, 8], "until B had as many as A"
+    assert [number for number in begun if number > 5] == [6, 7, 8, 9, 10, 11]
+    assert [number for number in begun if number < 6] == [4, 5]
+
+
+def test_priority_comes_before_turns():
+    scheduler = make_scheduler(max_rows=1)
+    for request_id in range(4):
+        scheduler.add(make_request(request_id, reply=1, priority=6, client="A"))
+    scheduler.add(make_request(4, reply=1, priority=5, client="B"))
+    assert admitted(scheduler, 5) == [0, 1, 2, 3, 4]
+
+
+def test_a_stream_of_newcomers_starves_nobody():
+    """Every step somebody new comes with one line, as many as there is room for; A's lines are not all overtaken."""
+    scheduler = make_scheduler(max_rows=1)
+    for request_id in range(5):
+        scheduler.add(make_request(request_id, reply=1, client="A"))
+    begun = []
+    for number in range(100, 130):
+        scheduler.add(make_request(number, reply=1, arrival=0.01 * number, client=f"new {number}"))
+        begun += [row[0] for row in step(scheduler)]
+    assert [number for number in begun if number < 5] == [0, 1, 2, 3, 4]
+    assert begun.index(4) < 20
+
+
+def test_a_low_priority_of_many_clients_comes_at_last():
+    """Priority 0 of B runs although A sends a line of priority 9 in every step."""
+    scheduler = make_scheduler(max_rows=1, ageing_s=2.0)
+    scheduler.add(make_request(0, reply=1, priority=0, client="B"))
+    for second in range(30):
+        scheduler.add(make_request(second + 1, reply=1, priority=9, arrival=float(second), client="A"))
+        if step(scheduler)[0][0] == 0:
+            break
+    assert second == 18
+
+
+def test_prompts_are_read_in_turns_too():
+    """All have rows already; the first words of B's only line do not wait for three long prompts of A."""
+    scheduler = make_scheduler(max_rows=4, kv_tokens=256, max_step_tokens=16)
+    for request_id in (1, 2, 3):
+        scheduler.add(make_request(request_id, prompt=32, client="A"))
+    scheduler.add(make_request(4, prompt=16, client="B"))
+    begun = []
+    while len(begun) < 4:
+        begun += [row[0] for row in step(scheduler) if row[1] == 0]
+    assert begun == [1, 2, 4, 3]
+
+
+def test_prompts_can_be_bounded_beside_lines_that_speak():
+    scheduler = make_scheduler()
+    for request_id in (1, 2):
+        scheduler.add(make_request(request_id, prompt=2, reply=5))
+    step(scheduler)
+    scheduler.add(make_request(3, prompt=12, reply=1))
+    scheduler.add(make_request(4, prompt=2, reply=1))
+    assert step(scheduler, max_prompt_tokens=8) == [(1, 2, 3), (2, 2, 3), (3, 0, 8)]
+    assert step(scheduler, max_prompt_tokens=8) == [(1, 3, 4), (2, 3, 4), (3, 8, 12), (4, 0, 2)]
 
 
 # -- steps ---------------------------------------------------------------------------------------------------

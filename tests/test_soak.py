@@ -101,5 +101,6 @@ def test_ten_thousand_lines_leave_nothing_behind(crowd):
     crowd.engine.close(30_000 * MS)
     crowd.engine.check_integrity()
     assert crowd.engine.stats().kv_blocks_used == 0
-    assert not crowd.engine._texts
+    assert not crowd.engine._speech.ids
+    assert not crowd.engine._books.open_ids
     assert crowd.engine._commands.empty()

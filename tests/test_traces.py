@@ -73,6 +73,9 @@ class Game:
         self.ended = {}  # id -> reason
         self.started = set()
         self.outcomes = {}  # of the plan that is being made: id -> what it was told, and whether it had a promise
+        self.order = {}  # of the plan that is being made: id -> who goes how soon
+        self.moments = itertools.count(1)
+        self.came, self.turns = {}, {}  # id, or priority and client -> when it came, or had its last turn
 
     # -- what a client does --
 
@@ -88,6 +91,7 @@ class Game:
             **{**fields, "adapter": self.versions.get(fields["adapter"])},
         )
         self.arrived[request_id] = request
+        self.came[request_id] = next(self.moments)
         try:
             self.scheduler.add(request)
         except OverloadError:
@@ -156,15 +160,18 @@ class Game:
         outcome = self.pages.admit(sequence)
         assert not (had_promise and outcome is Admission.NO_ROOM), "what was promised was given away"
         self.outcomes[sequence.request.id] = outcome, had_promise
+        if outcome is Admission.ADMITTED:
+            self.turns[queue_of(sequence.request)] = next(self.moments)
         return outcome
 
-    def step(self):
+    def step(self, max_prompt_tokens=None):
         self.load()
         for sequence in self.scheduler.remove_expired(self.now):
             self.leave(sequence, EndReason.DEADLINE)
         self.outcomes.clear()
         ran_before = {sequence.request.id for sequence in self.scheduler.running}
-        rows = self.scheduler.plan(self.now, self.admit, self.pages.suspend)
+        self.order = {request.id: number for number, request in enumerate(self.by_turns())}
+        rows = self.scheduler.plan(self.admit, self.pages.suspend, max_prompt_tokens=max_prompt_tokens)
         self.check_order(ran_before)
         self.check_rows(rows)
         for row in rows:
@@ -212,20 +219,43 @@ class Game:
 
         In the second case only those may pass who hold the room that is missing: their adapter was kept for them.
         """
-        no_room = [self.arrived[number] for number, (told, _) in self.outcomes.items() if told is Admission.NO_ROOM]
+        no_room = [number for number, (told, _) in self.outcomes.items() if told is Admission.NO_ROOM]
         for request_id, (outcome, had_promise) in self.outcomes.items():
             for other in self.scheduler.waiting if outcome is Admission.ADMITTED else ():
-                request = other.request
-                if request.id in ran_before or not self.goes_first(request, self.arrived[request_id]):
+                other_id = other.request.id
+                if other_id in ran_before or self.order[other_id] > self.order[request_id]:
                     continue
-                told, _ = self.outcomes.get(request.id, (None, False))
-                is_blocked = any(not self.goes_first(request, one) for one in no_room)
+                told, _ = self.outcomes.get(other_id, (None, False))
+                is_blocked = any(self.order[other_id] >= self.order[number] for number in no_room)
                 assert told is Admission.LOADING or (is_blocked and had_promise)
 
-    def goes_first(self, one, other):
-        """By what is promised: waiting `ageing_s` is worth one priority; written so that the clock drops out."""
-        ranks = [(request.arrival / CONFIG.ageing_s - request.priority, request.id) for request in (one, other)]
-        return ranks[0] < ranks[1] and ranks[1][0] - ranks[0][0] > 1e-9
+    def by_turns(self):
+        """Who waits, in the order in which they are to go, as slowly as one likes.
+
+        Places are by priority, of which waiting `ageing_s` is worth one, and arrival. Those of a priority are given out
+        one by one: to the client with the fewest lines that run or have a place already, and of several such to the one
+        whose last turn, or whose line, is the oldest.
+        """
+        waiting = [sequence.request for sequence in self.scheduler.waiting]
+        waiting.sort(key=lambda request: (request.arrival / CONFIG.ageing_s - request.priority, request.id))
+        running = [queue_of(sequence.request) for sequence in self.scheduler.running]
+        present = {*running, *map(queue_of, waiting)}
+        self.turns = {queue: at for queue, at in self.turns.items() if queue in present}
+        order = []
+        left = list(waiting)
+        for place in waiting:
+            firsts = {}
+            for request in left:
+                if request.priority == place.priority:
+                    firsts.setdefault(request.client, request)
+            chosen = min(firsts.values(), key=lambda r: (running.count(queue_of(r)), self.waits_since(r)))
+            running.append(queue_of(chosen))
+            left.remove(chosen)
+            order.append(chosen)
+        return order
+
+    def waits_since(self, request):
+        return max(self.came[request.id], self.turns.get(queue_of(request), 0))
 
     def finish(self):
         for _ in range(MAX_STEPS_TO_END):
@@ -239,6 +269,10 @@ class Game:
         assert self.pages._sizes.keys() == set(self.versions.values()), "an old adapter is kept for nobody"
         for request_id in self.arrived.keys() - self.started:
             assert self.ended[request_id] not in (EndReason.LENGTH, EndReason.STOP)
+
+
+def queue_of(request):
+    return request.priority, request.client
 
 
 class Player:
@@ -265,7 +299,7 @@ class Player:
                     self.game.now += (0.1, 0.5, 2.0, 7.0, 100.0)[byte // 13 % 5]
                 case 6:
                     for _ in range(byte // 13 % 6):
-                        self.game.step()
+                        self.game.step(max_prompt_tokens=(None, 1, 3)[byte // 78 % 3])
                 case 7:
                     self.game.reload("abcd"[byte // 13 % 4])
                 case _:
@@ -280,7 +314,8 @@ class Player:
             reply=1 + size // 23,
             shares=who % 2 == 0,
             adapter=NAMES[who // 2 % 5],
-            priority=priority % 10,
+            client=who // 10 % 3,
+            priority=priority % 10 if size % 3 == 0 else 5,
             deadline=self.game.now + deadline / 16 if deadline < 60 else None,
             **fields,
         )

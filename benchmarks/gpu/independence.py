@@ -54,8 +54,8 @@ class Stage:
         self.engine._runner.draw = self._record
         plan = self.engine._scheduler.plan
 
-        def remember(*arguments: Any) -> list[PlannedRow]:
-            self._rows = plan(*arguments)
+        def remember(*arguments: Any, **options: Any) -> list[PlannedRow]:
+            self._rows = plan(*arguments, **options)
             return self._rows
 
         scheduler: Any = self.engine._scheduler

@@ -139,6 +139,11 @@ class RandomCopies:
         """None of them is one."""
         return False
 
+    @property
+    def num_bytes(self) -> int:
+        """What the adapters take."""
+        return sum(pages.nbytes for pages in self._pages.values())
+
     def digest_of(self, name: str) -> str:
         """What identifies the adapter."""
         return name

@@ -177,8 +177,12 @@ class Plan:
         graph = torch.cuda.CUDAGraph()
         if self.shared.pool is None:
             self.shared.pool = torch.cuda.graph_pool_handle()
+        # A captured kernel keeps the priority of the stream it was captured on: the engine's own. The default stream,
+        # which cannot be captured, stands for torch's choice.
+        stream = torch.cuda.current_stream(self.packed.device)
+        own = None if stream == torch.cuda.default_stream(self.packed.device) else stream
         # Of this thread alone: the adapter loader's copies on its own stream have nothing to do with it.
-        with torch.cuda.graph(graph, pool=self.shared.pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.shared.pool, stream=own, capture_error_mode="thread_local"):
             result = compute()
 
         def replay() -> Tensor:

@@ -25,7 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from npc_runtime.engine.core import Admission, Sequence
+from npc_runtime.engine.core import AdapterEvicted, AdapterLoaded, Admission, Sequence
+from npc_runtime.engine.device import make_stream
 from npc_runtime.engine.faults import is_device_error, is_out_of_memory
 from npc_runtime.engine.host_copies import FilesChanged, HostCopies, Parts
 from npc_runtime.engine.model import ModelShape, PageLayout
@@ -122,6 +123,7 @@ class AdapterStore:
         self._versions: dict[str, str] = {}  # name to what new lines get; the engine thread's
         self._latest: dict[str, str] = {}  # name to what was read last; the loader's
         self._num_replaced = 0
+        self._reported: tuple[str, ...] = ()  # versions that `news` knows of
         self._wanted: queue.SimpleQueue[_Load | _Replace | _Drop | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[_Load | _Replace] = queue.SimpleQueue()
         self._stream: torch.cuda.Stream | None = None  # the loader's, once it has copied to a GPU
@@ -147,8 +149,11 @@ class AdapterStore:
 
     @property
     def num_bytes(self) -> int:
-        """What the pool takes, or will take when it opens."""
-        return self._num_pages * self._page_bytes
+        """What the pool takes, or will take when it opens; from when it was opened it may be read from any thread."""
+        opened = self._opened
+        if opened is None:
+            return self._num_pages * self._page_bytes
+        return opened.pool.nbytes + (0 if opened.multipliers is None else opened.multipliers.nbytes)
 
     @property
     def _page_bytes(self) -> int:
@@ -182,6 +187,7 @@ class AdapterStore:
         """Make the pool, and fill it with adapters that are in memory, the first added first; again does nothing."""
         if self._opened is None:
             self._open(self._num_pages)
+            self._reported = self._made.pages.resident
 
     def _open(self, num_pages: int) -> None:
         tensor = torch.zeros((num_pages, self._layout.num_elements), dtype=self._dtype, device=self._device)
@@ -254,6 +260,15 @@ class AdapterStore:
                 if wanted_by:
                     failed.append(FailedLoad(name, wanted_by, _as_wire(name, outcome.error)))
         return failed
+
+    def news(self) -> list[AdapterLoaded | AdapterEvicted]:
+        """Which adapters came and went since this was last asked, or the pool was opened; cheap if there is nothing."""
+        reported, self._reported = self._reported, self._made.pages.resident
+        if reported is self._reported:
+            return []
+        before, now = ({_name_of(version) for version in versions} for versions in (reported, self._reported))
+        loaded = [AdapterLoaded(name) for name in sorted(now - before)]
+        return [*map(AdapterEvicted, sorted(before - now)), *loaded]
 
     def _put_in_place(self, name: str, version: str, waiting: Iterable[Sequence]) -> None:
         """Make a version that was read the one that lines get, and bring it to the device if there is room."""
@@ -355,7 +370,7 @@ class AdapterStore:
         version, pages, after, _ = wanted
         try:
             if after is not None and self._stream is None:
-                self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+                self._stream = make_stream(self._device)
             # On its own stream, so that a copy to the GPU runs beside the step that decodes.
             with torch.cuda.stream(self._stream):
                 if self._stream is not None and after is not None:

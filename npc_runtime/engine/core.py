@@ -10,13 +10,18 @@ from typing import Literal, Protocol
 from npc_runtime.errors import WireError
 
 __all__ = [
+    "AdapterEvicted",
+    "AdapterLoaded",
     "Admission",
+    "Degraded",
     "EndReason",
     "Ended",
     "EngineConfig",
     "EngineStats",
     "Event",
     "LineEngine",
+    "MemoryBytes",
+    "News",
     "Request",
     "SamplingParams",
     "SeenTokens",
@@ -89,7 +94,8 @@ class SamplingParams:
 class Request:
     """One line to generate. `id` is unique in the engine; `group` is what the client sent together.
 
-    A warmup computes its prompt into the prefix cache, has its adapter pinned, and ends without a token.
+    Lines of one priority take turns by `client`: whoever sends many does not keep the others waiting. A warmup computes
+    its prompt into the prefix cache, has its adapter pinned, and ends without a token.
     """
 
     id: int
@@ -99,6 +105,7 @@ class Request:
     adapter: str | None = None  # name in the adapter store
     cache_key: str = ""  # the adapter's content; equal prefixes are shared only under the same key
     group: Hashable = None
+    client: Hashable = None  # whose line it is: a connection
     asked: tuple[str, str] | None = None  # the persona and the player's words; engines that compute do not look at it
     priority: int = 5
     deadline: float | None = None  # seconds, the engine's clock
@@ -127,6 +134,7 @@ class Sequence:
     """A request while the engine works on it."""
 
     request: Request
+    came_at: int = 0  # the scheduler's count of what has come and gone
     blocks: list[int] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)
     is_promised: bool = False  # its adapter is being loaded, or is loaded and kept, for it
@@ -217,11 +225,47 @@ Event = Started | Spoken | Ended
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterLoaded:
+    """An adapter came to the device; by the name that lines ask for, whatever version of it."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEvicted:
+    """An adapter made room for another; the next line that wants it waits for a load."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Degraded:
+    """The engine goes on, but something happened that whoever runs it should know."""
+
+    message: str
+
+
+News = AdapterLoaded | AdapterEvicted | Degraded
+"""What is nobody's line. Rare: an adapter that came or went, a device that failed and recovered."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step brought: its events, and the groups that its one base forward served (none: no forward)."""
+    """What one step brought: its events, the groups that its one base forward served (none: no forward), and news."""
 
     events: tuple[Event, ...]
     groups: frozenset[Hashable] = frozenset()
+    news: tuple[News, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBytes:
+    """What the engine holds. On a CPU all of it is main memory, on a GPU all but the copies is the GPU's."""
+
+    kv_cache: int = 0
+    adapter_pool: int = 0  # pages on the device, used or not
+    adapter_copies: int = 0  # of adapters, in main memory
+    gpu: int | None = None  # that torch has taken for everything, the base included; None: there is no GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +282,9 @@ class EngineStats:
     kv_blocks_cached: int  # holding a known prefix, in use or not
     num_preempted: int  # since start
     adapters_resident: tuple[str, ...]
+    paused: bool = False
+    max_tokens_per_s: float | None = None
+    memory: MemoryBytes = MemoryBytes()
 
 
 class LineEngine(Protocol):

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-__all__ = ["DTypeName", "Device", "UnusedGpu", "choose_device", "choose_threads", "explain_unused_gpu"]
+__all__ = ["DTypeName", "Device", "UnusedGpu", "choose_device", "choose_threads", "explain_unused_gpu", "make_stream"]
 
 DTypeName = Literal["float32", "bfloat16", "auto"]
 
@@ -55,6 +55,19 @@ def choose_threads() -> int:
     num_cores = torch.get_num_threads()
     is_chosen = "OMP_NUM_THREADS" in os.environ
     return num_cores - 1 if num_cores > 4 and not is_chosen else num_cores
+
+
+def make_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream of the lowest priority, behind what its maker has asked of the GPU so far; None where there is none.
+
+    A priority is a hint among the streams of one process; what a driver does about other processes is its own affair.
+    """
+    if device.type != "cuda":
+        return None
+    lowest, _ = torch.cuda.Stream.priority_range()  # type: ignore[call-arg] # it is a static method
+    stream = torch.cuda.Stream(device, priority=lowest)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
 
 
 def explain_unused_gpu() -> UnusedGpu | None:

@@ -6,40 +6,50 @@ the store's loader wakes it by a command of its own.
 
 A step that fails costs the lines that ran in it. If the device itself failed, it costs all lines, since their keys,
 values and adapters are lost or suspect; then device state is made anew, and the next lines find nothing cached. If
-that does not help, the thread ends, and whoever made the engine may replace the process.
+that does not help, the thread ends, and whoever made the engine may replace the process. A step that does not come
+back is the same, but for the thread, which is left where it is.
 """
 
 import logging
+import math
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from npc_runtime.engine.adapters import AdapterStore, OnReplaced
+from npc_runtime.engine.books import Books, BooksClosed
+from npc_runtime.engine.commands import Cancel, Command, Configure, Loaded, Replace, Submit
 from npc_runtime.engine.core import (
+    Degraded,
     Ended,
     EndReason,
     EngineConfig,
     EngineStats,
     Event,
+    MemoryBytes,
+    News,
     Request,
     Sequence,
-    Spoken,
-    Started,
     StepOutput,
 )
-from npc_runtime.engine.ending import LineText
-from npc_runtime.engine.faults import Attempts, DeviceLost, is_device_error, is_out_of_memory, probe_device
+from npc_runtime.engine.device import make_stream
+from npc_runtime.engine.faults import Attempts, DeviceLost, as_wire, is_device_error, is_out_of_memory, probe_device
+from npc_runtime.engine.meter import Meter
 from npc_runtime.engine.model import Decoder
+from npc_runtime.engine.pace import Pace
 from npc_runtime.engine.runner import Runner
 from npc_runtime.engine.sampler import sample
 from npc_runtime.engine.scheduler import PlannedRow, Scheduler
+from npc_runtime.engine.speech import Speech
 from npc_runtime.engine.tokenizer import ChatTokenizer
-from npc_runtime.errors import DeviceFailed, InternalError, OutOfMemory, OverloadError, WireError
+from npc_runtime.engine.watchdog import Watchdog, trace
+from npc_runtime.errors import InternalError, OverloadError, WireError
 
 __all__ = ["Engine"]
 
@@ -54,27 +64,9 @@ MAX_RECOVERIES, RECOVERIES_WITHIN_S = 3, 600.0
 LOADER_TIMEOUT_S = 10.0
 """How long a recovery waits for a load to end: the read of a file and a copy."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Submit:
-    requests: tuple[Request, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    ids: frozenset[int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Replace:
-    name: str
-    parts: tuple[tuple[Path, float], ...]
-    on_done: OnReplaced
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """The adapter store has news."""
+TICK_S = 1.0
+MAX_STEP_TICKS = {"cuda": 30, "cpu": 600}
+"""How long a step may take. On a GPU none takes a second; a large base may read a prompt for minutes on a slow CPU."""
 
 
 class Engine:
@@ -91,93 +83,162 @@ class Engine:
         on_death: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_death` is called, on the engine thread, if the thread ends by a defect or the loss of the device.
+        """`on_death` is called if the thread ends by a defect or the loss of the device, or hangs; on that thread or on
+        the watchdog's. `on_step` must not wait for anybody who submits lines.
 
         The store serves one engine at a time: its loader wakes the one that was made last.
         """
-        self._tokenizer = tokenizer
+        self._speech = Speech(tokenizer)
         self._adapters = adapters
         self._device = decoder.device
         self._recoveries = Attempts(MAX_RECOVERIES, RECOVERIES_WITHIN_S)
         self._scheduler = Scheduler(config)
-        adapters.open()
-        self._runner = Runner(decoder, adapters, config)
-        self._texts: dict[int, LineText] = {}
-        self._on_step = on_step
+        self._stream = make_stream(self._device)  # of everything that this engine asks of a GPU
+        with torch.cuda.stream(self._stream):
+            adapters.open()
+            self._runner = Runner(decoder, adapters, config)
+        self._books = Books(on_step)
+        self._pace = Pace()
         self._on_death = on_death
-        self.has_died = False  # the thread ended otherwise than by `close`; nothing is generated any more
+        self.has_died = False  # the thread ended otherwise than by `close`, or hangs; nothing is generated any more
         self._clock = clock
-        self._commands: queue.SimpleQueue[_Submit | _Cancel | _Replace | _Loaded | None] = queue.SimpleQueue()
-        adapters.on_loaded = lambda: self._commands.put(_Loaded())
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        adapters.on_loaded = lambda: self._commands.put(Loaded())
         self._block_size = config.block_size
-        self._is_idle = True  # the last step had no rows
-        self._recent: deque[tuple[float, float, int]] = deque(maxlen=64)  # start, end, tokens of a step
-        self._num_generated = 0
+        self._is_idle = True  # the last step that could run had no rows
+        self._meter = Meter(self._device)
         self._closing = False
+        self._num_steps = 0
+        self._step_under_way: int | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        limit = MAX_STEP_TICKS.get(self._device.type, MAX_STEP_TICKS["cpu"])
+        self._watchdog = Watchdog(lambda: self._step_under_way, self._give_up_step, limit=limit, tick_s=TICK_S)
 
     def warm(self, on_progress: Callable[[float], None]) -> None:
         """Let no line wait for what could have been prepared; before `start`. Worth its seconds on a GPU only."""
-        self._runner.warm(on_progress)
+        with torch.cuda.stream(self._stream):
+            self._runner.warm(on_progress)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread, and the one that watches it."""
         self._thread.start()
+        self._watchdog.start()
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue lines that belong together; they are admitted by the same step as far as there is room."""
-        self._commands.put(_Submit(tuple(requests)))
+        lines = tuple(requests)
+        self._books.open(lines, self._clock())
+        self._commands.put(Submit(lines))
 
     def cancel(self, ids: Iterable[int]) -> None:
         """End these lines before the next step; ids that are over already are ignored."""
-        self._commands.put(_Cancel(frozenset(ids)))
+        self._commands.put(Cancel(frozenset(ids)))
+
+    def configure(self, *, max_tokens_per_s: float | None, paused: bool) -> None:
+        """Leave more of the device to others, from the next step on.
+
+        `max_tokens_per_s` bounds what all lines together speak (None: as fast as it goes); see `pace`. While it is
+        paused no step runs: lines keep their rows and what was computed for them, new ones queue up, and only cancels
+        and deadlines end any.
+        """
+        assert max_tokens_per_s is None or 0.0 < max_tokens_per_s < math.inf
+        self._commands.put(Configure(max_tokens_per_s, paused))
 
     def replace_adapter(self, name: str, parts: Iterable[tuple[Path, float]], on_done: OnReplaced) -> None:
         """Put new files of an adapter in use, or those of a new one; `on_done` is called on the engine thread.
 
         Lines that have spoken keep what they began with. If the files cannot be used nothing changes.
         """
-        self._commands.put(_Replace(name, tuple(parts), on_done))
+        self._commands.put(Replace(name, tuple(parts), on_done))
 
     def close(self, timeout_s: float) -> None:
-        """End every line as cancelled and stop the thread and the loader; what they are in is finished, if soon."""
+        """End every line as cancelled and stop the threads; what they are in is finished, if soon, else left behind."""
         until = time.monotonic() + timeout_s
         self._commands.put(None)
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        self._watchdog.stop()
+        self._books.close(EndReason.CANCELLED, None, self._clock())
         self._adapters.close(max(until - time.monotonic(), 0.0))
 
     def stats(self) -> EngineStats:
         """A snapshot, from any thread and without stopping the engine: only sizes and atomic copies are read."""
-        recent = list(self._recent)
-        seconds = sum(end - start for start, end, _ in recent)
         return EngineStats(
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
             num_forwards=self._runner.num_forwards,
-            num_tokens=self._num_generated,
-            tokens_per_s=sum(count for _, _, count in recent) / seconds if seconds else 0.0,
+            num_tokens=self._meter.num_tokens,
+            tokens_per_s=self._meter.tokens_per_s,
             kv_blocks_used=self._scheduler.blocks.num_used,
             kv_blocks_total=self._scheduler.blocks.num_blocks,
             kv_blocks_cached=self._scheduler.blocks.num_known,
             num_preempted=self._scheduler.num_preempted,
             adapters_resident=self._adapters.resident,
+            paused=self._pace.paused,
+            max_tokens_per_s=self._pace.max_tokens_per_s,
+            memory=MemoryBytes(
+                kv_cache=self._runner.kv_bytes,
+                adapter_pool=self._adapters.num_bytes,
+                adapter_copies=self._adapters.host.num_bytes,
+                gpu=self._meter.gpu_bytes,
+            ),
         )
 
     def step(self, *, wait: bool = False) -> None:
         """Take commands (with `wait`, sleep while there is nothing to do), run one step and report it.
 
-        Only the engine thread, or a test without one, calls this. Raises `DeviceLost`, after everything was reported.
+        Only who drives the engine without its thread calls this. Raises `DeviceLost`, after everything was reported.
         """
+        with torch.cuda.stream(self._stream):
+            self._step(wait)
+
+    def check_integrity(self) -> None:
+        """Assert that nothing leaked; tests call it between steps."""
+        self._scheduler.check_integrity()
+        self._adapters.check_integrity(self._scheduler.running, self._scheduler.waiting)
+        live = sorted(sequence.request.id for sequence in [*self._scheduler.running, *self._scheduler.waiting])
+        assert sorted(self._speech.ids) == live, "a line's text is lost or left over"
+        assert sorted(self._books.open_ids) == live or not self._commands.empty(), "a line is lost or ended twice"
+
+    def _run(self) -> None:
+        try:
+            with torch.cuda.stream(self._stream):
+                while not self._closing:
+                    self._step(wait=True)
+            ended = [self._ended(sequence, EndReason.CANCELLED) for sequence in self._scheduler.remove_all()]
+            self._report(ended, frozenset(), [])
+            self._books.close(EndReason.CANCELLED, None, self._clock())  # those that no step has seen yet
+        except BooksClosed:
+            logger.warning("the engine thread came back, when nobody waited for it any more")
+        except BaseException as error:
+            logger.critical("the engine thread died", exc_info=True)
+            self._die(error)
+        finally:
+            self._step_under_way = None
+
+    def _give_up_step(self) -> None:
+        """The thread hangs in a step: on the watchdog's thread."""
+        logger.critical("a step does not come back, the device hangs; the engine thread is in\n%s", trace(self._thread))
+        self._die(DeviceLost("A step does not come back."))
+
+    def _die(self, error: BaseException) -> None:
+        """End every line, in place of the thread; the first who finds that it has to be done says so."""
+        self.has_died = self._closing = True
+        with suppress(Exception):  # whoever is told may be what is broken
+            if not self._books.close(EndReason.ERROR, as_wire(error), self._clock()):
+                return
+        self._on_death()
+
+    def _step(self, wait: bool) -> None:
         events: list[Event] = []
         groups: frozenset[Hashable] = frozenset()
         has_device_failed = False
+        self._begin_step()
         try:
-            self._take_commands(wait and self._is_idle, events)
+            self._take_commands(self._rest_s() if wait else 0.0, events)
             self._end_unloadable(events)
             events += [self._ended(s, EndReason.DEADLINE) for s in self._scheduler.remove_expired(self._clock())]
-            rows = self._scheduler.plan(self._clock(), self._adapters.admit, self._adapters.suspend)
-            self._is_idle = not rows
+            rows = self._plan()
             if rows:
                 self._run_rows(rows, events)
                 requests = [row.sequence.request for row in rows]
@@ -186,40 +247,23 @@ class Engine:
             logger.exception("a step failed")
             events += self._fail(error)
             has_device_failed = is_device_error(error)
-        if events or groups:
-            self._on_step(StepOutput(tuple(events), groups))
+        self._report(events, groups, self._adapters.news())
         if has_device_failed:
             self._recover()
 
-    def check_integrity(self) -> None:
-        """Assert that nothing leaked; tests call it between steps."""
-        self._scheduler.check_integrity()
-        self._adapters.check_integrity(self._scheduler.running, self._scheduler.waiting)
-        live = [sequence.request.id for sequence in [*self._scheduler.running, *self._scheduler.waiting]]
-        assert sorted(self._texts) == sorted(live), "a line's text is lost or left over"
+    def _begin_step(self) -> None:
+        """Let the watchdog count anew."""
+        self._num_steps += 1
+        self._step_under_way = self._num_steps
 
-    def _run(self) -> None:
-        try:
-            while not self._closing:
-                self.step(wait=True)
-            ended = [self._ended(sequence, EndReason.CANCELLED) for sequence in self._scheduler.remove_all()]
-            self._on_step(StepOutput(tuple(ended)))
-        except BaseException as error:
-            logger.critical("the engine thread died", exc_info=True)
-            self.has_died = True
-            with suppress(Exception):  # what is broken may be needed for this too
-                self._end_all(error)
-            self._on_death()
-
-    def _end_all(self, error: BaseException) -> None:
-        """End every line that is left, those too that no step has seen yet."""
-        events: list[Event] = []
-        self._take_commands(False, events)
-        events += [self._ended(s, EndReason.ERROR, _as_wire(error)) for s in self._scheduler.remove_all()]
-        self._on_step(StepOutput(tuple(events)))
+    def _report(self, events: Iterable[Event], groups: frozenset[Hashable], news: Iterable[News]) -> None:
+        step = StepOutput(tuple(events), groups, tuple(news))
+        if step.events or step.groups or step.news:
+            self._books.report(step, self._clock())
 
     def _recover(self) -> None:
         """Make all device state anew; there are no lines. Raises `DeviceLost` if the device does not allow it."""
+        self._begin_step()
         if not self._recoveries.take(self._clock()):
             raise DeviceLost(f"The device failed more than {MAX_RECOVERIES} times in {RECOVERIES_WITHIN_S:.0f} s.")
         probe_device(self._device)
@@ -229,31 +273,58 @@ class Engine:
         except Exception as error:
             raise DeviceLost("The device state could not be made anew.") from error
         logger.warning("the device answers again: KV cache, recordings and adapters were made anew")
+        problem = Degraded("The device failed and every line with it. It answers again; nothing is cached any more.")
+        self._report((), frozenset(), [problem, *self._adapters.news()])
 
-    def _take_commands(self, wait: bool, events: list[Event]) -> None:
-        while wait or not self._commands.empty():
-            try:
-                command = self._commands.get(timeout=self._max_sleep() if wait else None)
-            except queue.Empty:
-                return
-            wait = False
-            if command is None:
+    def _take_commands(self, rest_s: float | None, events: list[Event]) -> None:
+        """Do what was asked for; the first command may be so long in coming (None: for ever)."""
+        with suppress(queue.Empty):
+            self._obey(self._sleep(rest_s), events)
+            while True:
+                self._obey(self._commands.get_nowait(), events)
+
+    def _sleep(self, rest_s: float | None) -> Command:
+        """Wait for a command. Raises `queue.Empty` if none comes."""
+        if rest_s == 0.0:
+            return self._commands.get_nowait()
+        self._step_under_way = None
+        try:
+            return self._commands.get(timeout=rest_s)
+        finally:
+            self._begin_step()
+
+    def _obey(self, command: Command, events: list[Event]) -> None:
+        match command:
+            case None:
                 self._closing = True
-            elif isinstance(command, _Cancel):
-                removed = self._scheduler.remove(command.ids)
-                events += [self._ended(sequence, EndReason.CANCELLED) for sequence in removed]
-            elif isinstance(command, _Replace):
-                self._adapters.replace(command.name, command.parts, command.on_done)
-            elif isinstance(command, _Submit):
-                for request in command.requests:
+            case Cancel(ids):
+                events += [self._ended(sequence, EndReason.CANCELLED) for sequence in self._scheduler.remove(ids)]
+            case Replace(name, parts, on_done):
+                self._adapters.replace(name, parts, on_done)
+            case Configure(max_tokens_per_s, paused):
+                self._pace.configure(self._clock(), max_tokens_per_s=max_tokens_per_s, paused=paused)
+            case Submit(requests):
+                for request in requests:
                     events += self._add(request)
 
-    def _max_sleep(self) -> float | None:
-        """How long the thread may wait for a command: for ever without lines, else until the next deadline."""
+    def _rest_s(self) -> float | None:
+        """How long the thread may sleep if nobody asks for anything: 0 not at all, None for ever."""
         if not self._scheduler.has_work:
             return None
-        deadline = self._scheduler.next_deadline
-        return MAX_IDLE_S if deadline is None else min(max(deadline - self._clock(), 0.0), MAX_IDLE_S)
+        rest = max(self._pace.rest_s(self._clock()), MAX_IDLE_S if self._is_idle else 0.0)
+        deadline = self._scheduler.next_deadline if rest > 0.0 else None
+        if deadline is not None:
+            rest = min(rest, max(deadline - self._clock(), 0.0))
+        return None if rest == math.inf else rest
+
+    def _plan(self) -> list[PlannedRow]:
+        """The rows of this step; none while there is a pause, or the last step is still paid for."""
+        if self._pace.rest_s(self._clock()) > 0.0:
+            return []
+        adapters, max_prompt_tokens = self._adapters, self._pace.max_prompt_tokens
+        rows = self._scheduler.plan(adapters.admit, adapters.suspend, max_prompt_tokens=max_prompt_tokens)
+        self._is_idle = not rows
+        return rows
 
     def _end_unloadable(self, events: list[Event]) -> None:
         """End the lines whose adapter could not be loaded; a later one has it tried again."""
@@ -270,51 +341,40 @@ class Engine:
         except WireError as error:
             reason = EndReason.OVERLOAD if isinstance(error, OverloadError) else EndReason.ERROR
             return [Ended(request.id, reason, num_prompt=len(request.prompt_ids), error=error)]
-        self._texts[request.id] = LineText(self._tokenizer, request.sampling)
+        self._speech.take(request)
         return []
 
     def _run_rows(self, rows: list[PlannedRow], events: list[Event]) -> None:
         started_at = self._clock()
+        num_spoken = sum(row.samples for row in rows)
+        num_read = sum(row.num_tokens for row in rows if not row.sequence.speaks)
+        self._pace.began(started_at, num_spoken=num_spoken, num_read=num_read)
         new = [row.sequence for row in rows if row.sequence.started_at is None]
-        events += [self._started(sequence, started_at, len(rows)) for sequence in new]
+        events += [self._speech.start(sequence, started_at, len(rows)) for sequence in new]
         logits = self._runner.forward(rows)
         sampling = [row.sequence for row in rows if row.samples]
-        tokens = sample(logits, sampling, self._tokenizer.eos_ids, self._runner.draw)
+        tokens = sample(logits, sampling, self._speech.eos_ids, self._runner.draw)
         now = self._clock()
         self._scheduler.computed(rows)
         for row in rows:
             row.sequence.num_steps += 1
             row.sequence.sum_rows += len(rows)
-        if not all(row.sequence.request.is_warmup for row in rows):
-            self._recent.append((started_at, now, len(tokens)))
-        self._num_generated += len(tokens)
+        is_warmup = all(row.sequence.request.is_warmup for row in rows)
+        took_s = now - started_at + self._pace.owed_s(now)
+        self._meter.ran(now, took_s=took_s, num_tokens=len(tokens), is_warmup=is_warmup)
         events += [self._end_warmup(row.sequence) for row in rows if row.ends_warmup]
         for sequence, token in zip(sampling, tokens, strict=True):
             try:
                 if token < 0:
                     raise _overflow(sequence)
-                events += self._say(sequence, token, now)
-            except Exception as error:  # of this line's text alone; its neighbours go on
+                events += self._speech.say(sequence, token, now)
+                reason, error = self._speech.why_over(sequence), None
+            except Exception as problem:  # of this line's text alone; its neighbours go on
                 logger.exception("a line's text failed")
+                reason, error = EndReason.ERROR, as_wire(problem)
+            if reason is not None:
                 self._scheduler.remove([sequence.request.id])
-                events.append(self._ended(sequence, EndReason.ERROR, _as_wire(error)))
-
-    def _started(self, sequence: Sequence, now: float, num_rows: int) -> Event:
-        sequence.started_at = now
-        return Started(sequence.request.id, 1000 * (now - sequence.request.arrival), num_rows)
-
-    def _say(self, sequence: Sequence, token: int, now: float) -> list[Event]:
-        """Add a sampled token to its line; the end token itself is counted but not said."""
-        text = self._texts[sequence.request.id]
-        sequence.output_ids.append(token)
-        delta = text.finish(EndReason.STOP) if token in self._tokenizer.eos_ids else text.push(token)
-        if delta and sequence.first_text_at is None:
-            sequence.first_text_at = now
-        events: list[Event] = [Spoken(sequence.request.id, delta)] if delta else []
-        if text.end is not None:
-            self._scheduler.remove([sequence.request.id])
-            events.append(self._ended(sequence, text.end))
-        return events
+                events.append(self._ended(sequence, reason, error))
 
     def _end_warmup(self, sequence: Sequence) -> Event:
         """The prompt is computed and its full blocks are known; the adapter is there, and is to stay if it can."""
@@ -326,27 +386,8 @@ class Engine:
 
     def _ended(self, sequence: Sequence, reason: EndReason, error: WireError | None = None) -> Event:
         """Close the books of a line that the scheduler has let go."""
-        request, now = sequence.request, self._clock()
-        text = self._texts.pop(request.id)
-        if text.end is None:
-            text.finish(reason)
-        started, first = sequence.started_at, sequence.first_text_at
         self._adapters.leave(sequence)
-        seconds = now - started if started is not None else 0.0
-        return Ended(
-            request_id=request.id,
-            reason=reason,
-            text=text.text,
-            num_prompt=len(request.prompt_ids),
-            num_cached=sequence.num_cached,
-            num_completion=len(sequence.output_ids),
-            queue_ms=1000 * ((started if started is not None else now) - request.arrival),
-            first_text_ms=None if first is None else 1000 * (first - request.arrival),
-            total_ms=1000 * (now - request.arrival),
-            tokens_per_s=len(sequence.output_ids) / seconds if seconds > 0 else 0.0,
-            batch_avg=sequence.sum_rows / sequence.num_steps if sequence.num_steps else 0.0,
-            error=error,
-        )
+        return self._speech.end(sequence, reason, error, self._clock())
 
     def _fail(self, error: Exception) -> list[Event]:
         """End what ran in the failed step; if nothing did, what waits is the trouble, and all of it ends.
@@ -359,21 +400,10 @@ class Engine:
         running, waiting = self._scheduler.running, self._scheduler.waiting
         failed = [*running, *waiting] if is_device_error(error) else running or waiting
         removed = self._scheduler.remove([sequence.request.id for sequence in failed])
-        return [self._ended(sequence, EndReason.ERROR, _as_wire(error)) for sequence in removed]
+        return [self._ended(sequence, EndReason.ERROR, as_wire(error)) for sequence in removed]
 
 
 def _overflow(sequence: Sequence) -> WireError:
     adapter = sequence.request.adapter
     what = f"the adapter of {adapter}" if adapter else "the base"
     return InternalError(f"The numbers of {what} overflowed.", "It is damaged or diverged in training; replace it.")
-
-
-def _as_wire(error: BaseException) -> WireError:
-    """What a client is told of an unexpected error; the log has the rest."""
-    if isinstance(error, WireError):
-        return error
-    if is_device_error(error):
-        return DeviceFailed("The device failed, and all lines with it.", "The daemon recovers; send the line again.")
-    if is_out_of_memory(error):
-        return OutOfMemory("The device ran out of memory in a step.", "Send fewer lines at once.")
-    return InternalError("A step of the engine failed.", "The daemon's log has the details; report it.")

@@ -13,7 +13,9 @@ from collections.abc import Iterable
 
 import torch
 
-__all__ = ["Attempts", "DeviceLost", "is_device_error", "is_out_of_memory", "probe_device"]
+from npc_runtime.errors import DeviceFailed, InternalError, OutOfMemory, WireError
+
+__all__ = ["Attempts", "DeviceLost", "as_wire", "is_device_error", "is_out_of_memory", "probe_device"]
 
 PROBE_TIMEOUT_S = 10.0
 
@@ -58,6 +60,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_device_error(error: BaseException) -> bool:
     """Whether what is on the device cannot be trusted any more."""
     return isinstance(error, DeviceLost) or (_is_of_device(error) and not is_out_of_memory(error))
+
+
+def as_wire(error: BaseException) -> WireError:
+    """What a client is told of an unexpected error; the log has the rest."""
+    if isinstance(error, WireError):
+        return error
+    if is_device_error(error):
+        return DeviceFailed("The device failed, and all lines with it.", "The daemon recovers; send the line again.")
+    if is_out_of_memory(error):
+        return OutOfMemory("The device ran out of memory in a step.", "Send fewer lines at once.")
+    return InternalError("A step of the engine failed.", "The daemon's log has the details; report it.")
 
 
 def probe_device(device: torch.device, *, timeout_s: float = PROBE_TIMEOUT_S) -> None:

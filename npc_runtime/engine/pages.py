@@ -54,16 +54,13 @@ class PagePool:
         self._slots: dict[str, _Slot] = {}
         self._free = list(range(num_pages))
         self._uses = 0
+        self.resident: tuple[str, ...] = ()
+        """Names of the adapters that are loaded, another tuple when they change; may be read from any thread."""
 
     @property
     def num_free(self) -> int:
         """Pages that no adapter owns."""
         return len(self._free)
-
-    @property
-    def resident(self) -> tuple[str, ...]:
-        """Names of the adapters that are loaded; may be read from any thread."""
-        return tuple(sorted(name for name, slot in list(self._slots.items()) if slot.is_ready))
 
     def pages_of(self, name: str) -> list[int]:
         """Page numbers of a loaded adapter, in rank order."""
@@ -156,6 +153,7 @@ class PagePool:
         """The adapter's pages are written."""
         slot = self._slots[name]
         slot.is_ready = True
+        self._note_resident()
         self._free_if_retired(name, slot)
 
     def failed(self, name: str) -> frozenset[int]:
@@ -176,6 +174,7 @@ class PagePool:
         slots = self._slots.items()
         assert users == {(name, user) for name, slot in slots for user in slot.users}, "a user is lost or left over"
         assert promised == {(name, user) for name, slot in slots for user in slot.promised}, "a promise is lost"
+        assert self.resident == tuple(sorted(name for name, slot in slots if slot.is_ready))
         for name, slot in slots:
             assert slot.is_ready or not slot.users, f"{name} is used before it is loaded"
             assert len(slot.pages) == self._sizes[name]
@@ -192,6 +191,7 @@ class PagePool:
             if len(self._free) >= size:
                 break
             self._free.extend(self._slots.pop(other).pages)
+        self._note_resident()
         slot = _Slot([self._free.pop() for _ in range(size)])
         self._slots[name] = slot
         return slot
@@ -200,6 +200,10 @@ class PagePool:
         if slot.is_retired and slot.is_idle:
             self._free.extend(self._slots.pop(name).pages)
             del self._sizes[name]
+            self._note_resident()
+
+    def _note_resident(self) -> None:
+        self.resident = tuple(sorted(name for name, slot in self._slots.items() if slot.is_ready))
 
     def _touch(self, slot: _Slot) -> None:
         self._uses += 1

@@ -53,6 +53,11 @@ class Runner:
         self.draw = decoder.kernels.draw
         self.num_forwards = 0
 
+    @property
+    def kv_bytes(self) -> int:
+        """What the KV cache takes."""
+        return self._kv.keys.nbytes + self._kv.values.nbytes
+
     def drop_recordings(self) -> None:
         """Forget all recordings and what they hold of the device's memory; steps are recorded anew."""
         self._recordings.clear()

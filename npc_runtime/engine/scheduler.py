@@ -8,14 +8,26 @@ A new line is admitted when a row and KV blocks for its prompt are free and its 
 whose adapter is being loaded is passed by those behind it. A line that there is no room for, neither blocks nor
 pages, is not: whatever is given back is kept for it. Only lines whose adapter was loaded for them, and so keeps the
 pages it is in, may still go before one that waits for pages; no further load is begun until that one has its own.
-Waiting raises a line's rank by one priority every `ageing_s`, so nothing starves.
 
-A running line takes blocks as it grows; when none are left, the lowest-ranked line is preempted: its blocks go back,
-and it waits to be computed again, its reply so far as part of its prompt.
+Waiting raises a line by one priority every `ageing_s`, so nothing starves. By that every line has a place in the queue,
+which no clock changes. Lines of one priority take their places in turns: first those whose client has no other line of
+that priority running or waiting ahead, then those whose client has one, and so on; of equals, the one whose client had
+its last turn first. So a client's own lines keep their order, and one that sends many does not keep the others waiting.
+An example, where nothing runs yet, and A9 is a line of client A with priority 9:
+
+    places, by priority and arrival       A9  A5  A5  A5  B5  C5  B0
+    others of its client ahead             0   0   1   2   0   0   0
+    order                                 A9  A5  B5  C5  A5  A5  B0
+
+A running line takes blocks as it grows; when none are left, the one with the last place is preempted: its blocks go
+back, and it waits to be computed again, its reply so far as part of its prompt.
 """
 
-from collections.abc import Callable, Iterable
+from bisect import insort
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 
 from npc_runtime.engine.blocks import BlockPool
 from npc_runtime.engine.core import Admission, EngineConfig, Request, Sequence
@@ -28,6 +40,10 @@ Admit = Callable[[Sequence], Admission]
 
 Suspend = Callable[[Sequence], bool]
 """Gives back what `Admit` took from a line that is preempted; True: all the same it is kept for it, as a promise."""
+
+
+_Queue = tuple[int, Hashable]
+"""A priority and a client."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +77,10 @@ class Scheduler:
         self._config = config
         self.blocks = BlockPool(config.num_blocks, config.block_size)
         self.running: list[Sequence] = []
-        self.waiting: list[Sequence] = []
+        self.waiting: list[Sequence] = []  # by place
         self.num_preempted = 0
+        self._ticks = count(1)  # of lines that come and lines that are admitted
+        self._turns: dict[_Queue, int] = {}  # when each had its last one, of those that have lines
 
     @property
     def has_work(self) -> bool:
@@ -79,26 +97,34 @@ class Scheduler:
         """Queue a request. Raises `OverloadError` or `ContextOverflow`; then nothing is queued."""
         if len(self.waiting) >= self._config.max_waiting:
             raise OverloadError(f"{self._config.max_waiting} lines are already waiting.", "Send fewer, or wait.")
-        sequence = Sequence(request)
+        sequence = Sequence(request, came_at=next(self._ticks))
         if self.blocks.num_needed(sequence.max_tokens) > self.blocks.num_blocks:
             raise ContextOverflow(
                 f"The prompt ({len(request.prompt_ids)} tokens) and {request.sampling.max_tokens} more do not fit "
                 f"into the {self._config.kv_tokens} tokens of the KV cache.",
                 "Shorten the text, or lower max_tokens.",
             )
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=self._place)
 
-    def plan(self, now: float, admit: Admit, suspend: Suspend) -> list[PlannedRow]:
-        """Admit what fits, then choose the rows of the next step: all that speak, and prompt chunks by rank."""
-        self._admit_waiting(now, admit)
+    def plan(self, admit: Admit, suspend: Suspend, *, max_prompt_tokens: int | None = None) -> list[PlannedRow]:
+        """Admit what fits, then choose the rows of the next step: all that speak, and prompt chunks in turns.
+
+        `max_prompt_tokens` bounds all chunks together, besides `max_step_tokens`, which bounds the whole step.
+        """
+        self._admit_waiting(admit)
         budget = self._config.max_step_tokens
         rows: list[PlannedRow] = []
-        order = sorted(self.running, key=lambda sequence: (not sequence.speaks, self._rank(sequence, now)))
-        for sequence in order:
+        speaking: list[Sequence] = []
+        reading: list[Sequence] = []
+        for sequence in sorted(self.running, key=self._place):
+            (speaking if sequence.speaks else reading).append(sequence)
+        for number, sequence in enumerate([*speaking, *_in_turn(reading, Counter(), {})]):
+            if number == len(speaking) and max_prompt_tokens is not None:
+                budget = min(budget, max_prompt_tokens)
             size = min(sequence.num_tokens - sequence.num_computed, budget)
             if sequence not in self.running or size == 0:
                 continue  # preempted for one before it, or no budget left
-            if self._make_room(sequence, sequence.num_computed + size, now, suspend, rows):
+            if self._make_room(sequence, sequence.num_computed + size, suspend, rows):
                 rows.append(PlannedRow(sequence, sequence.num_computed, sequence.num_computed + size))
                 budget -= size
         return rows
@@ -132,21 +158,26 @@ class Scheduler:
         """Assert that blocks and queues agree; tests call it after every step."""
         self.blocks.check_integrity(self.running)
         assert len(self.running) <= self._config.max_rows
+        assert self.waiting == sorted(self.waiting, key=self._place)
         assert not any(sequence.blocks for sequence in self.waiting)
         assert not any(sequence.is_promised for sequence in self.running)
         for sequence in self.running:
             assert sequence.num_computed < sequence.num_tokens
             assert self.blocks.num_needed(sequence.num_computed) <= len(sequence.blocks)
 
-    def _rank(self, sequence: Sequence, now: float) -> tuple[float, int]:
-        """Lower goes first: priority raised by waiting, then the order of arrival."""
-        aged = sequence.request.priority + (now - sequence.request.arrival) / self._config.ageing_s
-        return -aged, sequence.request.id
+    def _place(self, sequence: Sequence) -> tuple[float, int]:
+        """Lower goes first: the line with the higher priority, raised by waiting, then the earlier one."""
+        request = sequence.request
+        return request.arrival / self._config.ageing_s - request.priority, request.id
 
-    def _admit_waiting(self, now: float, admit: Admit) -> None:
-        self.waiting.sort(key=lambda sequence: self._rank(sequence, now))
+    def _admit_waiting(self, admit: Admit) -> None:
+        if not self.waiting or len(self.running) == self._config.max_rows:
+            return
+        num_before = Counter(map(_queue_of, self.running))
+        order = _in_turn(self.waiting, num_before, self._turns)
+        self._turns = {queue: at for queue, at in self._turns.items() if queue in num_before}
         waits_for_pages = False
-        for sequence in list(self.waiting):
+        for sequence in order:
             if len(self.running) == self._config.max_rows:
                 return
             if waits_for_pages and not sequence.is_promised:
@@ -175,15 +206,14 @@ class Scheduler:
             sequence.num_cached = sequence.num_computed
         self.waiting.remove(sequence)
         self.running.append(sequence)
+        self._turns[_queue_of(sequence)] = next(self._ticks)
 
-    def _make_room(
-        self, sequence: Sequence, num_tokens: int, now: float, suspend: Suspend, planned: list[PlannedRow]
-    ) -> bool:
-        """Give the sequence blocks for so many tokens, preempting the lowest-ranked others; False: it must wait."""
+    def _make_room(self, sequence: Sequence, num_tokens: int, suspend: Suspend, planned: list[PlannedRow]) -> bool:
+        """Give the sequence blocks for so many tokens, preempting others, the last first; False: it must wait."""
         while self.blocks.num_missing(sequence, num_tokens) > self.blocks.num_free:
             chosen = {row.sequence.request.id for row in planned}
             others = [other for other in self.running if other.request.id not in chosen]
-            victim = max(others, key=lambda other: self._rank(other, now))
+            victim = max(others, key=self._place)
             self._preempt(victim, suspend)
             if victim is sequence:
                 return False
@@ -195,5 +225,27 @@ class Scheduler:
         self.blocks.release(sequence)
         sequence.num_computed = 0
         self.running = [other for other in self.running if other is not sequence]
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=self._place)
         self.num_preempted += 1
+
+
+def _queue_of(sequence: Sequence) -> _Queue:
+    return sequence.request.priority, sequence.request.client
+
+
+def _in_turn(by_place: Iterable[Sequence], num_before: Counter[_Queue], turns: Mapping[_Queue, int]) -> list[Sequence]:
+    """The lines in the order in which they go: those of each priority share out their places.
+
+    `num_before` counts what each queue has running, and afterwards these lines too.
+    """
+    classes: defaultdict[int, list[tuple[int, int, int, Sequence]]] = defaultdict(list)
+    order = list(by_place)
+    for place, sequence in enumerate(order):
+        queue = _queue_of(sequence)
+        since = max(turns.get(queue, 0), sequence.came_at)
+        classes[queue[0]].append((num_before[queue], since, place, sequence))
+        num_before[queue] += 1
+    for lines in classes.values():
+        for (_, _, place, _), (_, _, _, sequence) in zip(lines, sorted(lines), strict=True):
+            order[place] = sequence
+    return order

@@ -183,7 +183,7 @@ class _Scorer:
             self._news.clear()
             for failed in self._adapters.collect():
                 raise failed.error
-            rows = self._scheduler.plan(0.0, self._adapters.admit, self._adapters.suspend)
+            rows = self._scheduler.plan(self._adapters.admit, self._adapters.suspend)
             if rows:
                 yield rows
             else:
