@@ -102,8 +102,9 @@ def _daemon(subject: Subject) -> Iterator[Finding]:
     project = subject.project or project_of(subject.personas)
     endpoint, lock = read_endpoint(project), runtime_file(project).with_suffix(".lock")
     health = ask_health(Target(f"ws://127.0.0.1:{endpoint.port}/v1", None)) if endpoint else None
-    yield from check_daemon(endpoint, health, holder_of(lock) if is_held(lock) else None)
-    if health is None or health.state == "gone":
+    holder = holder_of(lock) if is_held(lock) else None
+    yield from check_daemon(endpoint, health, holder)
+    if holder is None and (health is None or health.state == "gone"):
         yield from check_port(subject.port)
 
 
