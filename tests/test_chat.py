@@ -107,7 +107,7 @@ async def test_a_cancelled_task_cancels_the_line_and_no_more(make_persona, make_
     talk = Talk(lambda: Target(daemon.url, daemon.token), "bard")
     await talk.open()
     has_begun = asyncio.Event()
-    line = asyncio.create_task(talk.say("Sing!", 1, lambda text: has_begun.set()))
+    line = asyncio.create_task(talk.say("Sing!", 1, lambda text: text and has_begun.set()))
     await has_begun.wait()
     line.cancel()
     reply = await line
