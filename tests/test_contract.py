@@ -11,6 +11,7 @@ from game import Game, deltas, line, play
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
+from npc_runtime.persona import shipped_personas
 from npc_runtime.protocol import CAPS
 from npc_runtime.wire_client import Config
 
@@ -355,8 +356,6 @@ async def test_a_watcher_hears_what_others_say(daemon, subprotocol):
 
 @both
 async def test_a_snapshot_restores_in_another_process_to_the_same_prompt(daemon, make_daemon, subprotocol):
-    from npc_runtime.persona import shipped_personas
-
     other = make_daemon("--personas", str(shipped_personas()), "--dtype", "float32")
     asked = npc_line("last", "n", "And?", sampling=SOME)
     async with play(daemon, subprotocol) as game, play(other, subprotocol) as later:
@@ -374,3 +373,58 @@ async def test_a_snapshot_restores_in_another_process_to_the_same_prompt(daemon,
         ends = [ends_of(await each.until("batch.end"))["last"] for each in (game, later)]
     assert ends[0]["prompt_hash"] == ends[1]["prompt_hash"]
     assert ends[0]["text"] == ends[1]["text"]
+
+
+@both
+async def test_adapters_that_come_and_go_are_told(make_daemon, subprotocol):
+    """Four adapters, room for fewer."""
+    daemon = make_daemon("--personas", str(shipped_personas()), "--adapter-memory", "24")
+    async with play(daemon, subprotocol) as game:
+        for persona in ("odo", "brom", "vaskar", "thalindra"):
+            await game.send(type="warmup", id=persona, personas=[persona])
+            await game.until("reply")
+        await game.send(
+            type="generate", batch=1, lines=[line(n, p, sampling=SOME) for n, p in enumerate(["odo", "brom"])]
+        )
+        messages = [*await game.until("batch.end"), *await settle(game)]
+        async with play(daemon, subprotocol) as late:
+            await late.send(type="warmup", id=1, personas=["odo", "brom", "vaskar", "thalindra"])
+            told = await late.until("reply")
+        told += messages
+    kinds = {(message["kind"], message["adapter"]) for message in told if message["type"] == "event"}
+    assert {kind for kind, _ in kinds} == {"adapter.loaded", "adapter.evicted"}
+    assert {adapter for _, adapter in kinds} <= {"odo", "brom", "vaskar", "thalindra"}
+
+
+@both
+async def test_a_persona_is_written_tried_saved_and_spoken(make_daemon, make_persona, tmp_path, subprotocol):
+    """As an editor does it: a draft, what is wrong with it, the file, the reload, the trash."""
+    make_persona("guard")
+    daemon = make_daemon("--personas", str(tmp_path / "personas"))
+    doc = {"schema": 1, "id": "cook", "display_name": "Cook", "bio": "A cook who is proud of one soup."}
+    async with play(daemon, subprotocol) as game:
+
+        async def ask(kind, **fields):
+            await game.send(type=kind, id=1, **fields)
+            messages = await game.until("reply")
+            return messages[-1]["body"]
+
+        draft = {"line": 1, "draft": doc, "input": {"text": "What is for dinner?"}, "sampling": SOME}
+        await game.send(type="generate", batch=1, lines=[draft, {**draft, "line": 2, "draft": {**doc, "bio": 7}}])
+        messages = await game.until("batch.end")
+        assert [item.get("code") for item in messages[0]["items"]] == [None, "persona_invalid"]
+        assert ends_of(messages)[1]["text"]
+        assert (await ask("persona.validate", doc={**doc, "mood": 7}))["ok"] is False
+        etag = (await ask("persona.put", persona="cook", doc=doc))["etag"]
+        while not any(m["type"] == "event" and m["persona"]["id"] == "cook" for m in messages):
+            messages.append(await game.receive())
+        assert (await ask("persona.get", persona="cook"))["doc"] == doc
+        await game.send(type="persona.put", id=2, persona="cook", doc=doc, etag="of another file")
+        assert (await game.until("error"))[-1]["code"] == "invalid"
+        await game.send(type="generate", batch=2, lines=[line(1, "cook", "Hello.", sampling=SOME)])
+        assert (await game.until("batch.end"))[-1]["ok"] == 1
+        assert len(etag) >= 8
+        await ask("persona.delete", persona="cook")
+        assert not (tmp_path / "personas" / "cook").exists()
+        await game.send(type="persona.get", id=3, persona="../guard")
+        assert (await game.until("error"))[-1]["code"] in ("invalid", "persona_unknown")
