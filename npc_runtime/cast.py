@@ -31,6 +31,7 @@ class Npc:
     persona: str
     vars: Mapping[str, Value] = field(default_factory=dict)
     history: History = field(default_factory=History)
+    num_dropped: int = 0  # messages that the last prompt had no room for: probably nor has the next one
 
     def snapshot(self) -> str:
         """The NPC as a text for a save game; `Cast.restore` reads it, in this version of the program or a later one."""

@@ -47,7 +47,10 @@ def write_prompt(line: Line, stage: Stage) -> None:
         earlier=npc.history.messages if npc is not None else (),
         facts=npc.vars if npc is not None else {},
     )
-    fitted = fit_prompt(prompt, stage.render, context - max_tokens)
+    expected = npc.num_dropped if npc is not None else 0
+    fitted = fit_prompt(prompt, stage.render, context - max_tokens, expected=expected)
+    if npc is not None:
+        npc.num_dropped = fitted.num_dropped
     prompt_ids = fitted.token_ids
     if not prompt_ids:
         raise InvalidError("The base's tokenizer makes nothing of this text.", "Send other words.")
