@@ -54,7 +54,7 @@ class Client:
         self._answers: dict[wire.Id, asyncio.Future[dict[str, Any]]] = {}
         self._batches: dict[wire.Id, Batch] = {}
         self._line_owners: dict[wire.Id, Batch] = {}
-        self._parts: list[str] = []
+        self._parts: dict[wire.Id | None, list[str]] = {}
         self._notices: deque[Notice] = deque(maxlen=MAX_NOTICES)
         self._has_notice = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
@@ -324,10 +324,11 @@ class Client:
         if message.parts is None:
             self._answer(message.re, message.body or {})
             return
-        self._parts.append(message.data or "")
-        if len(self._parts) == message.parts:
-            text, self._parts = "".join(self._parts), []
-            self._answer(message.re, json.loads(text))
+        parts = self._parts.setdefault(message.re, [])
+        parts.append(message.data or "")
+        if len(parts) == message.parts:
+            del self._parts[message.re]
+            self._answer(message.re, json.loads("".join(parts)))
 
     def _answer(self, re: wire.Id | None, body: dict[str, Any]) -> None:
         future = self._answers.get(re) if re is not None else None

@@ -267,7 +267,7 @@ class Session:
             raise OverloadError("The base model is still being loaded.", "Wait for welcome.")
         match message:
             case wire.Generate():
-                return self._dialogue.generate(message, now)
+                return self._dialogue.generate(message, now, num_others=len(self._warming))
             case wire.Cancel():
                 return self._dialogue.cancel(message, now)
             case wire.Warmup():
