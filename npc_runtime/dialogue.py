@@ -202,7 +202,7 @@ class Dialogue:
         if request.line in self._lines:
             raise InvalidError(f"line {request.line!r} is still running.", "Give every line its own id.")
         self.check_room(num_others)
-        line = prepare_line(request, batch, now, stage=self._stage, cast=self._cast)
+        line = prepare_line(request, batch, now, stage=self._stage, cast=self._cast, turns=self._turns)
         self._turns.join(line)
         return line
 

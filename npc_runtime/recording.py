@@ -11,6 +11,7 @@ One JSON document a line. The first says what it is and what `welcome` said of t
 
 import json
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -64,7 +65,7 @@ class Recorder:
         if self._file is None or message.get("type") in NOT_KEPT:
             return
         if message.get("type") == "hello":
-            message = {name: value for name, value in message.items() if name not in ("token", "resume")}
+            message = {name: value for name, value in message.items() if name in ("type", "id", "protocol", "client")}
         if message.get("type") == "welcome":
             message = {name: value for name, value in message.items() if name != "session"}
         at = round(self._clock() - self._began_at, 4)
@@ -78,7 +79,10 @@ class Recorder:
 
     def _write(self, document: dict[str, Any]) -> None:
         assert self._file is not None
-        text = json.dumps(document, ensure_ascii=False, separators=(",", ":")) + "\n"
+        try:
+            text = json.dumps(document, ensure_ascii=False, separators=(",", ":")) + "\n"
+        except (TypeError, ValueError, RecursionError):  # fields that nobody knows may have bytes in them
+            return
         self._num_bytes += len(text.encode(errors="replace"))
         try:
             if self._num_bytes > MAX_BYTES:
@@ -143,7 +147,7 @@ class Recording:
         for number, document in enumerate(documents[1:], 2):
             try:
                 reader.take(document)
-            except (ValidationError, KeyError, TypeError, ValueError) as error:
+            except (ValidationError, KeyError, TypeError, ValueError, OverflowError) as error:
                 raise _wrong(path, number) from error
         return cls(info, reader.finished)
 
@@ -153,43 +157,56 @@ class _Reader:
 
     def __init__(self) -> None:
         self.finished: list[Take] = []
+        self._asked: dict[tuple[int, wire.Id], dict[wire.Id, Take]] = {}  # by batch, until they are accepted
         self._takes: dict[tuple[int, wire.Id], Take] = {}
         self._personas: dict[tuple[int, str], str] = {}  # of NPCs
 
     def take(self, document: dict[str, Any]) -> None:
         """Read one message."""
         connection, at, message = int(document["connection"]), float(document["at"]), document["message"]
-        kind = message["type"]
+        if not math.isfinite(at):
+            raise ValueError("at")
         if document["from"] == "client":
-            if kind == "generate":
+            if message["type"] == "generate":
                 self._on_generate(connection, at, message)
-            elif kind == "npc.open":
-                self._personas[connection, message["npc"]] = message["persona"]
-        elif kind == "line.start":
-            take = self._takes.get((connection, message["line"]))
-            if take is not None:
-                take.started_at, take.persona = at - take.sent_at, message["persona"]
-        elif kind == "delta":
-            for item in message["items"]:
-                take = self._takes.get((connection, item["line"]))
-                if take is not None:
-                    take.pieces.append(Piece(at - take.sent_at, str(item["text"])))
-        elif kind == "line.end":
-            self._on_end(connection, at, message)
+            elif message["type"] == "npc.open":
+                self._personas[connection, message["npc"]] = str(message["persona"])
+        else:
+            self._take_answer(connection, at, message)
+
+    def _take_answer(self, connection: int, at: float, message: dict[str, Any]) -> None:
+        take = self._takes.get((connection, message.get("line", "")))
+        match message["type"]:
+            case "accepted":
+                asked = self._asked.pop((connection, message["batch"]), {})
+                queued = [item["line"] for item in message["items"] if item["status"] == "queued"]
+                self._takes.update(((connection, line), asked[line]) for line in queued if line in asked)
+            case "line.start" if take is not None:
+                take.started_at, take.persona = at - take.sent_at, str(message["persona"])
+            case "delta":
+                for item in message["items"]:
+                    spoken = self._takes.get((connection, item["line"]))
+                    if spoken is not None:
+                        spoken.pieces.append(Piece(at - spoken.sent_at, str(item["text"])))
+            case "line.end":
+                self._on_end(connection, at, message)
 
     def _on_generate(self, connection: int, at: float, message: dict[str, Any]) -> None:
+        asked = self._asked[connection, message["batch"]] = {}
         for document in message["lines"]:
             try:
                 request = wire.LineRequest.model_validate(document)
             except ValidationError:
                 continue  # it was rejected
             persona = request.persona or self._personas.get((connection, request.npc or ""), "")
-            self._takes[connection, request.line] = Take(persona, said_in(request), at)
+            asked[request.line] = Take(persona, said_in(request), at)
 
     def _on_end(self, connection: int, at: float, message: dict[str, Any]) -> None:
         take = self._takes.pop((connection, message["line"]), None)
         if take is not None and message["reason"] != "cancelled":  # which only a client can do again
             take.end, take.ended_at = wire.LineEnd.model_validate(message), at - take.sent_at
+            if take.end.reason == "filtered" or take.end.usage.cached > take.end.usage.prompt:
+                raise ValueError("an end that no engine makes")
             self.finished.append(take)
 
 

@@ -59,7 +59,6 @@ class ReplayEngine:
             key = request.asked
             assert key is not None
             take = self._recording.find(*key, self._numbers[key])
-            self._numbers[key] += 1
             if take is None:
                 persona, said = key
                 error = InvalidError(
@@ -67,6 +66,7 @@ class ReplayEngine:
                 )
                 self._end(request, Ended(request.id, EndReason.ERROR, error=error))
                 continue
+            self._numbers[key] += 1
             playing = self._lines[request.id] = _Playing(request, take, time.monotonic())
             self._plan(playing)
 

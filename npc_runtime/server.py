@@ -12,6 +12,8 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from websockets.typing import Subprotocol
 from npc_runtime import protocol as wire
 from npc_runtime.connection import Connection
 from npc_runtime.door import Door
-from npc_runtime.effects import PersonaMessage
+from npc_runtime.effects import Effect, PersonaMessage
 from npc_runtime.engine.core import (
     AdapterEvicted,
     AdapterLoaded,
@@ -72,6 +74,7 @@ class NpcServer:
         self._started_at = time.monotonic()
         self._personas = personas
         self._tasks: set[asyncio.Task[None]] = set()
+        self._disk = ThreadPoolExecutor(2, "personas")  # whose slow answers nothing else waits for
         self._engine: LineEngine | None = None
         self._stage: Stage | None = None
         self._server: Server | None = None
@@ -113,16 +116,16 @@ class NpcServer:
         self.metrics.describe(version=info.version, device=info.device, backend=info.backend, base=info.base.name)
         engine.start()
         self._stats = asyncio.create_task(self._send_stats())
-        for connection in self._connections:
-            connection.perform(connection.session.on_loaded(self._stage))
+        stage = self._stage
+        self._tell_all(lambda session: session.on_loaded(stage))
 
     async def close(self, reason: str) -> None:
         """Tell every client that the daemon goes, let every line end and its end be sent, and stop the engine."""
         assert self._server is not None
         refusal = OverloadError("The daemon is stopping.", "Connect again when it is back.")
+        self._disk.shutdown(wait=False, cancel_futures=True)
         self.broadcast(wire.Event(kind="shutdown", message=reason))
-        for connection in self._connections:
-            connection.perform(connection.session.refuse(refusal, time.monotonic()))
+        self._tell_all(lambda session: session.refuse(refusal, time.monotonic()))
         if self._stats is not None:
             self._stats.cancel()
         if self._engine is not None:
@@ -164,8 +167,7 @@ class NpcServer:
             logger.debug("%s came after the loop was closed", callback)
 
     def _tell_loading(self, label: str, progress: float) -> None:
-        for connection in self._connections:
-            connection.perform(connection.session.on_loading(label, progress))
+        self._tell_all(lambda session: session.on_loading(label, progress))
 
     def _deliver(self, step: StepOutput) -> None:
         for news in step.news:
@@ -242,13 +244,20 @@ class NpcServer:
 
     def broadcast(self, event: wire.Event) -> None:
         """Tell every client."""
-        for connection in self._connections:
-            connection.perform(connection.session.on_event(event))
+        self._tell_all(lambda session: session.on_event(event))
 
     def announce(self, persona_id: str) -> None:
         """Tell every client that a persona's files were saved."""
-        for connection in self._connections:
-            connection.perform(connection.session.on_persona_changed(persona_id))
+        self._tell_all(lambda session: session.on_persona_changed(persona_id))
+
+    def _tell_all(self, tell: Callable[[Session], list[Effect]]) -> None:
+        """Have every session say something; a defect that one client met must not cost the others theirs."""
+        for connection in list(self._connections):
+            try:
+                connection.perform(tell(connection.session))
+            except Exception:
+                logger.exception("a connection could not be told")
+                connection.abort()
 
     def watch(self, connection: Connection, on: bool) -> None:
         """Begin, or stop, to let a connection hear what others' lines say."""
@@ -264,13 +273,14 @@ class NpcServer:
         """Close the connection of this session, whose cast another one has resumed."""
         for connection in self._connections:
             if connection.session is session:
+                self._forget(connection)
                 connection.perform(connection.session.supersede(time.monotonic()))
 
     def manage_persona(self, connection: Connection, message: PersonaMessage) -> None:
         """Read or write a persona's file, off the loop, and tell who asked; the session bounds how many."""
 
         async def manage() -> None:
-            outcome = await asyncio.to_thread(_manage, self._personas, message)
+            outcome = await asyncio.get_running_loop().run_in_executor(self._disk, _manage, self._personas, message)
             connection.perform(connection.session.on_managed(message.id, outcome))
 
         task = asyncio.create_task(manage())
@@ -291,11 +301,10 @@ class NpcServer:
     async def _send_stats(self) -> None:
         while True:
             await asyncio.sleep(STATS_S)
-            asking = [connection for connection in self._connections if connection.session.wants_stats]
-            if asking:
-                event = wire.Stats(**self.status())
-                for connection in asking:
-                    connection.perform(connection.session.on_stats(event))
+            self._door.casts.expire(time.monotonic())
+            if any(connection.session.wants_stats for connection in self._connections):
+                stats = wire.Stats(**self.status())
+                self._tell_all(partial(Session.on_stats, stats=stats))
 
     # -- sockets --
 
@@ -312,9 +321,12 @@ class NpcServer:
             await connection.run()
         finally:
             self._connections.discard(connection)
-            self._watchers.discard(connection)
-            if self._wishes.pop(connection, None) is not None:
-                self._apply_wishes()
+            self._forget(connection)
+
+    def _forget(self, connection: Connection) -> None:
+        self._watchers.discard(connection)
+        if self._wishes.pop(connection, None) is not None:
+            self._apply_wishes()
 
     def _refusal(self, socket_: ServerConnection) -> tuple[int, str] | None:
         """Why this connection is closed at once. After accepting, since browsers and Mono see no other reason."""

@@ -181,11 +181,11 @@ async def test_r6_a_slow_reader_loses_its_lines_and_nobody_waits_for_it(daemon, 
         await slow.send(type="hello", protocol=1, token=daemon.token)
         assert (await slow.receive())["type"] == "welcome"
         await open_npc(slow, "n", history=turns)
-        for number in range(40):
-            await slow.send(type="npc.history", id=number, npc="n", op="get")
         await slow.send(
             type="generate", batch="slow", lines=[line(1, sampling={**LONG, "max_tokens": 1_000, "min_tokens": 1_000})]
         )
+        for number in range(40):
+            await slow.send(type="npc.history", id=number, npc="n", op="get")
         started = time.monotonic()
         while time.monotonic() - started < 7_000 * MS:
             await quick.send(type="generate", batch=1, lines=[line(1, sampling={**SOME, "max_tokens": 4})])
@@ -343,7 +343,8 @@ async def test_a_watcher_hears_what_others_say(daemon, subprotocol):
         heard = []
         while not heard or heard[-1]["type"] != "line.end":
             watched = await editor.receive()
-            assert (watched["type"], watched["session"]) == ("watched", game.welcome["session"])
+            assert (watched["type"], len(watched["session"])) == ("watched", 8)
+            assert game.welcome["session"] not in str(watched), "who knows it can resume it"
             heard.append(watched["message"])
         assert heard[-1] == said
         assert deltas(heard, 7).startswith(said["text"])

@@ -48,7 +48,9 @@ def say(recorder, clock, *, connection=1, line=1, speaker=None, text="Hi", end=E
     """A line from its request to its end, a tenth of a second between all."""
     document = {"line": line, "persona": "odo", "input": {"text": text}, **(speaker or {})}
     recorder.add(connection, "client", {"type": "generate", "batch": 1, "lines": [document, {"line": "bad"}]})
-    messages = [wire.LineStart(line=line, persona="odo", seed=7, queue_ms=1.0, batch_size=2)]
+    items = [wire.AcceptedItem(line=line, status="queued"), wire.AcceptedItem(line="bad", status="rejected")]
+    messages = [wire.Accepted(batch=1, items=items)]
+    messages += [wire.LineStart(line=line, persona="odo", seed=7, queue_ms=1.0, batch_size=2)]
     messages += [wire.Delta(items=[wire.DeltaItem(line=line, seq=n, text=piece)]) for n, piece in enumerate(pieces)]
     for message in [*messages, end.model_copy(update={"line": line})]:
         clock.now += 0.1
@@ -67,8 +69,8 @@ def test_a_line_is_read_as_it_was_spoken(tmp_path):
     recording = load(tmp_path, file.text)
     assert (recording.info, len(recording)) == (INFO, 1)
     take = recording.find("odo", "Hi", 0)
-    assert (take.started_at, take.ended_at) == (pytest.approx(0.1), pytest.approx(0.4))
-    assert [(pytest.approx(piece.at), piece.text) for piece in take.pieces] == [(0.2, "Aye, "), (0.3, "lad.")]
+    assert (take.started_at, take.ended_at) == (pytest.approx(0.2), pytest.approx(0.5))
+    assert [(pytest.approx(piece.at), piece.text) for piece in take.pieces] == [(0.3, "Aye, "), (0.4, "lad.")]
     assert take.end == END
     assert recording.find("odo", "Hello", 0) is recording.find("brom", "Hi", 0) is None
 
@@ -109,9 +111,32 @@ def test_a_cancelled_line_is_no_answer(tmp_path, reason, kept):
     assert len(load(tmp_path, file.text)) == kept
 
 
+def test_a_line_that_was_rejected_takes_nobodys_place(tmp_path):
+    recorder, file, _ = make_recorder()
+    again = {"type": "generate", "batch": 2, "lines": [{"line": 1, "persona": "odo", "input": {"text": "Other"}}]}
+    recorder.add(1, "client", {**again, "batch": 1, "lines": [{**again["lines"][0], "input": {"text": "Hi"}}]})
+    item = {"line": 1, "status": "queued"}
+    recorder.add(1, "daemon", {"type": "accepted", "batch": 1, "items": [item]})
+    recorder.add(1, "client", again)
+    recorder.add(1, "daemon", {"type": "accepted", "batch": 2, "items": [{**item, "status": "rejected"}]})
+    recorder.add(1, "daemon", END.model_dump(mode="json", exclude_none=True))
+    recording = load(tmp_path, file.text)
+    assert recording.find("odo", "Hi", 0) is not None
+    assert recording.find("odo", "Other", 0) is None
+
+
+def test_what_json_cannot_say_is_left_out():
+    recorder, file, _ = make_recorder()
+    recorder.add(1, "client", {"type": "status", "filler": b"bytes"})
+    recorder.add(1, "client", {"type": "bye"})
+    assert len(file.text.splitlines()) == 2
+
+
 def test_no_secret_is_written():
     recorder, file, _ = make_recorder()
-    recorder.add(1, "client", {"type": "hello", "protocol": 1, "token": "s3cret", "resume": "abcdef"})
+    recorder.add(
+        1, "client", {"type": "hello", "protocol": 1, "token": "s3cret", "resume": "abcdef", "Token": "s3cret"}
+    )
     recorder.add(1, "daemon", {"type": "welcome", "session": "abcdef", "protocol": 1})
     recorder.add(1, "daemon", {"type": "stats", "active": 1})
     assert len(file.text.splitlines()) == 3
@@ -156,6 +181,8 @@ GOOD = json.dumps(
             "line 2",
         ),
         ("[" * 100_000 + "\n", "line 1"),
+        (GOOD + '\n{"at": 1e999, "connection": 1, "from": "client", "message": {"type": "bye"}}\n', "line 2"),
+        (GOOD + '\n{"at": 1, "connection": 1e999, "from": "client", "message": {"type": "bye"}}\n', "line 2"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, text, what):
