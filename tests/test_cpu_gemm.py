@@ -14,21 +14,22 @@ from tiny import make_model
 
 from npc_runtime.engine.scheduler import PlannedRow
 
-MAX_SIZES = 31
+MAX_SIZES = 32
 
 STEPS = """
 import random, sys, torch
+from pathlib import Path
 from npc_kernels import cpu
 from test_model import load, make_runner, make_sequence
 from npc_runtime.engine.scheduler import PlannedRow
 
 torch.set_num_threads(1)
-runner, chance = make_runner(load(sys.argv[1], cpu)), random.Random(0)
+runner, chance = make_runner(load(Path(sys.argv[1]), cpu)), random.Random(0)
 print("loaded", flush=True)
 for _ in range(120):
     stops = [chance.choice([1, chance.randrange(1, 80)]) for _ in range(chance.randrange(1, 7))]
     rows = [make_sequence([3 + n % 90 for n in range(stop)], 20 * number) for number, stop in enumerate(stops)]
-    runner.forward([PlannedRow(row, 0, stop) for row, stop in zip(rows, stops)])
+    runner.forward([PlannedRow(row, 0, stop) for row, stop in zip(rows, stops, strict=True)])
 """
 
 
@@ -44,7 +45,17 @@ def test_every_part_has_one_of_few_sizes():
 
 @pytest.mark.parametrize(
     ("num_rows", "parts"),
-    [(0, []), (1, [1]), (5, [6]), (43, [48]), (203, [208]), (256, [256]), (257, [144, 128]), (576, [192] * 3)],
+    [
+        (0, []),
+        (1, [1]),
+        (5, [6]),
+        (43, [48]),
+        (203, [208]),
+        (256, [256]),
+        (257, [144, 128]),
+        (512, [512]),
+        (576, [192] * 3),
+    ],
 )
 def test_parts_are_about_equal(num_rows, parts):
     assert parts_of(num_rows) == parts

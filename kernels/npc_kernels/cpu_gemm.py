@@ -17,11 +17,12 @@ __all__ = ["SIZES", "Cut", "PackedLinear", "cut_rows"]
 PACK_ROWS = 8
 """Rows that oneDNN is told to expect when it chooses a layout; 8 was as good as the exact number at 1 and 32."""
 
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, *range(32, 129, 8), *range(144, 257, 16))
-"""All numbers of rows that a GEMM is ever asked for. Up to four all, since few rows may go through codes instead."""
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, *range(32, 129, 8), *range(144, 257, 16), 512)
+"""All numbers of rows that a GEMM is ever asked for: up to four each, since few rows may go through codes instead, and
+the largest step of one long prompt."""
 
-UNIT = 16
-"""Parts of more than one are multiples of it."""
+MAX_PART, UNIT = 256, 16
+"""Where rows are cut, parts have so many at most, and multiples of the unit."""
 
 
 class Cut(NamedTuple):
@@ -32,12 +33,14 @@ class Cut(NamedTuple):
 
 
 def cut_rows(num_rows: int) -> Cut:
-    """The least padding with parts of `SIZES`; parts of one step are about equal, for a small one costs as much."""
-    if num_rows <= SIZES[-1]:
-        size = SIZES[bisect_left(SIZES, num_rows)] if num_rows else 0
-        return Cut(max(size, 1), size)
+    """In one of `SIZES` if there is one less than a unit larger, else in equal parts; a small rest costs as much."""
+    if num_rows == 0:
+        return Cut(1, 0)
+    size = SIZES[min(bisect_left(SIZES, num_rows), len(SIZES) - 1)]
+    if 0 <= size - num_rows < UNIT:
+        return Cut(size, size)
     num_units = -(-num_rows // UNIT)
-    num_parts = -(-num_rows // SIZES[-1])
+    num_parts = -(-num_rows // MAX_PART)
     return Cut(UNIT * -(-num_units // num_parts), UNIT * num_units)
 
 
