@@ -81,9 +81,12 @@ class Daemon:
         url = f"ws://127.0.0.1:{endpoint['port']}/v1"
         self._num_words = {}
         try:
-            self._client = self._runner.run(Client.connect(url, token=endpoint["token"], name="bench"))
+            connecting = Client.connect(url, token=endpoint["token"], name="bench")  # which waits for the base
+            self._client = self._runner.run(asyncio.wait_for(connecting, START_LIMIT_S))
         except NpcError as error:
             raise Skipped(str(error)) from error
+        except TimeoutError as error:
+            raise Skipped(f"the base was not loaded within {START_LIMIT_S:.0f} s") from error
 
     def speak(self, cell: Cell, prompts: list[list[int]], limit_s: float) -> Measured:
         """Speak one batch of lines whose text has as many tokens as the prompts. Raises `Skipped`."""

@@ -163,16 +163,26 @@ def serve(
     max_adapter_rank: Annotated[
         int, typer.Option(min=1, max=128, help="Adapters of higher ranks are refused; a line pays for every 16.")
     ] = 64,
+    record: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what is said, with times, into a new file for --replay.")
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Play what was recorded, without a base: for a game's own tests."),
+    ] = None,
+    replay_speed: Annotated[
+        float, typer.Option(metavar="X", help="2 is twice as fast as recorded; inf is at once.")
+    ] = 1.0,
 ) -> None:
-    """Run the daemon until Ctrl-C. Its first line on stdout says port and token, as JSON."""
+    """Run the daemon until Ctrl-C. Its first line on stdout says port and token, as JSON; then it loads the base."""
     from npc_runtime.daemon_process import DaemonProcess, LogOptions, run_process
     from npc_runtime.discovery import project_of
 
     def run(process: DaemonProcess) -> None:
         from npc_runtime.console import progress_bars, stderr
         from npc_runtime.daemon import run_daemon
-        from npc_runtime.loading import Settings
         from npc_runtime.logs import logged_progress
+        from npc_runtime.settings import Settings
 
         settings = Settings(
             base=base,
@@ -190,6 +200,9 @@ def serve(
             max_adapter_rank=max_adapter_rank,
             allowed_hosts=tuple(allow_host or ()),
             allowed_origins=tuple(allow_origin or ()),
+            record=record,
+            replay=replay,
+            replay_speed=replay_speed,
         )
         console = stderr()
         run_daemon(settings, process, lambda: progress_bars(console) if console.is_terminal else logged_progress())

@@ -1,10 +1,12 @@
-"""The daemon: loads what it computes with, opens its port, serves until it is stopped, and is replaced if need be."""
+"""The daemon: opens its port, serves from then on, loads what it speaks with, and is replaced if need be.
 
-import asyncio
+The main thread loads and then waits; the sockets are served by a thread of their own (`serving`). Nothing that computes
+is imported before the daemon's first line is out, and with `--replay` nothing is at all.
+"""
+
 import logging
 import os
 import secrets
-import signal
 import socket
 import sys
 import time
@@ -12,204 +14,201 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import torch
-
 from npc_runtime import __version__
 from npc_runtime.daemon_process import DaemonProcess
 from npc_runtime.discovery import Endpoint, remove_endpoint, write_endpoint
 from npc_runtime.door import Door
-from npc_runtime.engine.adapters import AdapterStore
-from npc_runtime.engine.core import EngineConfig
-from npc_runtime.engine.device import choose_threads
 from npc_runtime.engine.embedded import OnProgress
-from npc_runtime.engine.engine import Engine
-from npc_runtime.engine.faults import is_device_error
-from npc_runtime.errors import StartupError
+from npc_runtime.errors import EngineDied, NpcError, StartupError
 from npc_runtime.gate import Gate
 from npc_runtime.handover import Handover
-from npc_runtime.loading import (
-    LoadedBase,
-    Settings,
-    fit_gpu,
-    limit_gpu,
-    load_adapters,
-    load_base,
-    load_library,
-    make_config,
-    make_store,
-)
 from npc_runtime.persona import Library
 from npc_runtime.persona_folder import PersonaFolder
-from npc_runtime.protocol import PROTOCOL_VERSION, BaseModelInfo
+from npc_runtime.protocol import PROTOCOL_VERSION, CloseCode
+from npc_runtime.recording import Recorder, Recording
 from npc_runtime.reload import PersonaWatch
+from npc_runtime.replay import replay_voice
 from npc_runtime.server import NpcServer
-from npc_runtime.stage import DaemonInfo, Stage
-from npc_runtime.stopping import stop_signals
+from npc_runtime.serving import Serving
+from npc_runtime.settings import LOOPBACK, Settings, check_settings
+from npc_runtime.stage import Stage, Voice
+from npc_runtime.stopping import StopNote, was_asked_to_stop
 
 __all__ = ["run_daemon"]
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CLOSE_TIMEOUT_S = 4.0
+"""More than the server takes at most; a loop that hangs must not keep the process."""
 
-SIGNAL_S = 0.02
-"""In that time the loop has seen a signal that came before."""
+ShowProgress = Callable[[], AbstractContextManager[OnProgress]]
 
 
-def run_daemon(
-    settings: Settings, process: DaemonProcess, progress: Callable[[], AbstractContextManager[OnProgress]]
-) -> None:
-    """Load everything, serve until the process is asked to stop. `progress` is entered while there is some to show.
+def run_daemon(settings: Settings, process: DaemonProcess, progress: ShowProgress) -> None:
+    """Serve, load everything, and go on until the process is asked to stop. `progress` is entered while it loads.
 
     If the engine thread dies, a new process takes the place of this one, and the runtime file stays for it. Raises
-    `StartupError` before anything is served, and `EngineDied` if there can be no new process.
+    `StartupError` if what was asked for is wrong or cannot be loaded, and `EngineDied` if there can be no new process.
     """
     try:
-        successor = _load_and_serve(settings, process, progress)
+        successor = _Daemon(settings, process, progress).run()
         if successor is not None:
             process.log.flush()
             successor.replace_process()
-    except RuntimeError as error:
-        if not is_device_error(error):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise StartupError(
-            f"The device cannot be used: {reason}.",
-            "Look at its driver, or restart it; CUDA_VISIBLE_DEVICES=-1 hides the GPU, and the CPU computes.",
-        ) from error
     finally:
         remove_endpoint(process.project, os.getpid())
 
 
-def _load_and_serve(
-    settings: Settings, process: DaemonProcess, progress: Callable[[], AbstractContextManager[OnProgress]]
-) -> Handover | None:
-    """Serve on the port that was taken over, or on a new one; returns what the next process takes over, if any."""
-    torch.set_num_threads(settings.threads or choose_threads())
-    loaded_at = time.time()
-    library = load_library(settings.personas)
-    if settings.host not in LOOPBACK and not settings.needs_token:
-        raise StartupError(f"--no-auth is refused on {settings.host}.", "Only loopback may go without a token.")
-    handover = process.taken or _open_port(settings, process)
-    if handover.token is not None:
-        process.log.hide(handover.token)
-    limit_gpu(settings)
-    with handover.sock:
-        gate = _make_gate(settings, handover.sock.getsockname()[1])
-        with progress() as on_progress:
-            base = load_base(
-                settings.base,
-                settings.dtype,
-                on_progress,
-                deterministic=settings.deterministic,
-                quantize=settings.quantize,
-            )
-        config = make_config(settings, base.decoder.shape, base.device)
-        adapters = make_store(base.decoder.shape, base.device, config, base.info.folder)
-        load_adapters(adapters, library, base.info.name)
-        config = fit_gpu(settings, base, adapters, config)
-        door = Door(token=handover.token, project=process.project, owner_pid=process.owner_pid)
-        personas = PersonaFolder(settings.personas)
-        server = NpcServer(gate=gate, door=door, personas=personas, version=__version__)
-        # Not on the loop: what takes long must end at once when Ctrl-C asks for it.
-        engine = _make_engine(base, adapters, config, server, progress)
-        info = _make_info(base, config)
-        return asyncio.run(_serve(settings, process, handover, base, info, library, server, engine, loaded_at))
+class _Daemon:
+    """One run, on the port that was taken over or on a new one."""
 
+    def __init__(self, settings: Settings, process: DaemonProcess, progress: ShowProgress) -> None:
+        if process.taken is None:  # otherwise the process before this one has looked, and may have begun a recording
+            check_settings(settings)
+        self._settings = settings
+        self._process = process
+        self._progress = progress
+        self._recording = None if settings.replay is None else Recording.load(settings.replay)
+        self._handover = process.taken or _open_port(settings, process)
+        if self._handover.token is not None:
+            process.log.hide(self._handover.token)
+        self._server = self._make_server()
+        self._serving = Serving(self._server, self._handover.sock, lambda: process.why_it_stops)
+        self._watch: PersonaWatch | None = None
 
-def _make_gate(settings: Settings, port: int) -> Gate:
-    return Gate(settings.host, port, allowed_hosts=settings.allowed_hosts, allowed_origins=settings.allowed_origins)
+    def run(self) -> Handover | None:
+        """Serve until it is over; returns what the next process takes over, if there is to be one."""
+        successor, error = None, None
+        with self._handover.sock:
+            self._serving.start()
+            try:
+                self._announce()
+                self._process.log.shield_stderr()
+                voice = self._load()
+                self._process.log.settle()
+                self._serving.wait()
+                if voice.engine.has_died:
+                    successor = self._handover.successor()
+            except BaseException as caught:
+                error = caught
+                raise
+            finally:
+                with StopNote() as note:
+                    self._close(successor, error)
+        return None if note.was_asked else successor
 
+    def _make_server(self) -> NpcServer:
+        settings, port = self._settings, self._handover.sock.getsockname()[1]
+        hosts, origins = settings.allowed_hosts, settings.allowed_origins
+        gate = Gate(settings.host, port, allowed_hosts=hosts, allowed_origins=origins)
+        door = Door(token=self._handover.token, project=self._process.project, owner_pid=self._process.owner_pid)
+        return NpcServer(gate=gate, door=door, personas=PersonaFolder(settings.personas), version=__version__)
 
-def _make_info(base: LoadedBase, config: EngineConfig) -> DaemonInfo:
-    context = min(base.decoder.shape.context, config.kv_tokens)
-    return DaemonInfo(
-        version=__version__,
-        device=base.device.name,
-        backend=base.backend,
-        base=BaseModelInfo(name=base.info.name, sha256=base.info.sha256, context=context),
-    )
-
-
-def _make_engine(
-    base: LoadedBase,
-    adapters: AdapterStore,
-    config: EngineConfig,
-    server: NpcServer,
-    progress: Callable[[], AbstractContextManager[OnProgress]],
-) -> Engine:
-    try:
-        engine = Engine(
-            base.decoder, base.tokenizer, adapters, config, on_step=server.on_step, on_death=server.on_engine_death
+    def _announce(self) -> None:
+        """Say where the daemon is, which serves from now on."""
+        settings, process, handover = self._settings, self._process, self._handover
+        base = settings.base if self._recording is None else self._recording.info.base.name
+        log_file = None if process.log.path is None else str(process.log.path)
+        port = handover.sock.getsockname()[1]
+        endpoint = Endpoint(port, os.getpid(), handover.token, PROTOCOL_VERSION, base, log_file)
+        if not handover.replaced_at:  # the first line on stdout is still true, and who read it expects no second one
+            _print(endpoint)
+        path = _write_runtime_file(process.project, endpoint)
+        if settings.host not in LOOPBACK:
+            logger.warning("bound to %s: other machines can connect, with the token", settings.host)
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        logger.info(
+            "listening on ws://%s:%d/v1; token and port in %s; log: %s; Ctrl-C stops",
+            *(host, port, path, log_file or "stderr"),
         )
-        if base.device.torch_device.type == "cuda":
-            with progress() as on_progress:
-                engine.warm(lambda fraction: on_progress("preparing the GPU", fraction))
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise StartupError(
-            "There is no memory for the KV cache, the adapters and a step.", "Lower --kv-memory or --adapter-memory."
-        ) from error
-    return engine
+        logger.info("status page: http://%s:%d/ (npc-runtime page prints a link that opens it)", host, port)
+
+    def _load(self) -> Voice:
+        """Load what lines are spoken with, and have the server open with it."""
+        settings, server, started_at = self._settings, self._server, time.monotonic()
+        loaded_at = time.time()
+        library = _load_library(settings.personas)
+        voice = self._find_voice(library)
+        self._watch = PersonaWatch(
+            library,
+            settings.personas,
+            loaded_at=loaded_at,
+            replace_adapter=server.replace_adapter,
+            announce=server.announce,
+        )
+        if settings.record is not None:
+            secret, goes_on = self._handover.token, bool(self._handover.replaced_at)
+            server.recorder = Recorder.open(settings.record, voice.info, secret=secret, goes_on=goes_on)
+        self._serving.run(_open(server, voice, library, self._watch))
+        logger.info(
+            "%s on %s, %d personas: ready after %.1f s",
+            *(voice.info.base.name, voice.info.device, len(library), time.monotonic() - started_at),
+        )
+        return voice
+
+    def _find_voice(self, library: Library) -> Voice:
+        if self._recording is not None:
+            return replay_voice(self._recording, on_step=self._server.on_step, speed=self._settings.replay_speed)
+        from npc_runtime.computing import load_voice
+
+        with self._progress() as show:
+
+            def report(label: str, fraction: float) -> None:
+                show(label, fraction)
+                self._serving.report(label, fraction)
+
+            return load_voice(self._settings, library, self._server, report)
+
+    def _close(self, successor: Handover | None, error: BaseException | None) -> None:
+        """Tell every client why, and leave nothing behind."""
+        code, reason = CloseCode.RESTART, self._process.why_it_stops
+        if successor is not None:
+            reason = "the daemon restarts; connect again"
+        elif _is_failure(error):
+            code, reason = CloseCode.FAILED, _describe_failure(error)
+        logger.info("stopping: %s", "a new process takes over" if successor is not None else reason)
+        if successor is None:
+            remove_endpoint(self._process.project, os.getpid())
+        try:
+            self._serving.run(_close(self._server, self._watch, code, reason), CLOSE_TIMEOUT_S)
+        except Exception:  # a defect must not hide why it stops
+            logger.exception("the sockets could not be closed as they should")
+        self._serving.leave()
+        if self._server.recorder is not None:
+            self._server.recorder.close()
 
 
-async def _serve(
-    settings: Settings,
-    process: DaemonProcess,
-    handover: Handover,
-    base: LoadedBase,
-    info: DaemonInfo,
-    library: Library,
-    server: NpcServer,
-    engine: Engine,
-    loaded_at: float,
-) -> Handover | None:
-    asked = asyncio.Event()
-    restore_signals = _stop_on_signals(asked, server.is_over)
-    port = handover.sock.getsockname()[1]
-    await server.start(handover.sock)
+async def _open(server: NpcServer, voice: Voice, library: Library, watch: PersonaWatch) -> None:
     server.open(
-        engine,
-        lambda new_request_id, new_seed: Stage(
-            info, library, lambda messages: base.tokenizer.render(messages).token_ids, new_request_id, new_seed
-        ),
-    )
-    log_file = None if process.log.path is None else str(process.log.path)
-    endpoint = Endpoint(port, os.getpid(), handover.token, PROTOCOL_VERSION, base.info.name, log_file)
-    if not handover.replaced_at:  # the first line on stdout is still true, and whoever read it expects no second one
-        _announce(endpoint)
-    path = _write_runtime_file(process.project, endpoint)
-    if settings.host not in LOOPBACK:
-        logger.warning("bound to %s: other machines can connect, with the token", settings.host)
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    logger.info(
-        "%s on %s, %d personas; ws://%s:%d/v1; token and port in %s; log: %s; Ctrl-C stops",
-        *(base.info.name, base.device.name, len(library), host, port, path, log_file or "stderr"),
-    )
-    logger.info("status page: http://%s:%d/ (npc-runtime page prints a link that opens it)", host, port)
-    process.log.settle()
-    watch = PersonaWatch(
-        library,
-        settings.personas,
-        loaded_at=loaded_at,
-        replace_adapter=server.replace_adapter,
-        announce=server.announce,
+        voice.engine,
+        lambda new_request_id, new_seed: Stage(voice.info, library, voice.render, new_request_id, new_seed),
     )
     watch.start()
-    await server.is_over.wait()
-    await watch.close()
-    successor = None
-    try:
-        if engine.has_died and not asked.is_set():
-            successor = handover.successor()
-    finally:
-        logger.info("stopping: %s", process.why_it_stops if successor is None else "a new process takes over")
-        if successor is None:
-            remove_endpoint(process.project, os.getpid())
-        await server.close(process.why_it_stops if successor is None else "the daemon restarts; connect again")
-    if successor is not None:
-        restore_signals()  # one that comes from here on ends the process wherever it is
-        await asyncio.sleep(SIGNAL_S)
-    return None if asked.is_set() else successor
+
+
+async def _close(server: NpcServer, watch: PersonaWatch | None, code: int, reason: str) -> None:
+    if watch is not None:
+        await watch.close()
+    await server.close(reason, code=code)
+
+
+def _is_failure(error: BaseException | None) -> bool:
+    """Whether the daemon could not be brought to speak; one whose device is lost is stopped, as clients see it."""
+    return isinstance(error, Exception) and not isinstance(error, EngineDied) and not was_asked_to_stop()
+
+
+def _describe_failure(error: BaseException | None) -> str:
+    return error.message if isinstance(error, NpcError) else "the daemon failed; its log says how"
+
+
+def _load_library(folder: Path) -> Library:
+    """Read the personas, logging what is wrong with any."""
+    library = Library.load(folder)
+    if not len(library) and not library.problems:
+        logger.warning("%s holds no personas (no */persona.yaml): every line will be rejected", folder)
+    for persona_id, problem in library.problems.items():
+        logger.warning("persona %s cannot be used: %s", persona_id, problem)
+    return library
 
 
 def _open_port(settings: Settings, process: DaemonProcess) -> Handover:
@@ -226,7 +225,7 @@ def _write_runtime_file(project: str, endpoint: Endpoint) -> Path | None:
         return None
 
 
-def _announce(endpoint: Endpoint) -> None:
+def _print(endpoint: Endpoint) -> None:
     if sys.stdout is None:  # started without any
         return
     try:
@@ -236,30 +235,8 @@ def _announce(endpoint: Endpoint) -> None:
         logger.info("stdout is closed")
 
 
-def _stop_on_signals(*events: asyncio.Event) -> Callable[[], None]:
-    """Set the events when asked to stop. What is returned puts back the handlers that were there before."""
-    loop = asyncio.get_running_loop()
-    numbers = stop_signals()
-    before = [(number, signal.getsignal(number)) for number in numbers]
-
-    def set_all() -> None:
-        for event in events:
-            event.set()
-
-    def restore() -> None:
-        for number, handler in before:
-            signal.signal(number, handler)
-
-    for number in numbers:
-        try:
-            loop.add_signal_handler(number, set_all)
-        except NotImplementedError:  # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(set_all))
-    return restore
-
-
 def _bind(host: str, port: int) -> socket.socket:
-    """Take the port before the slow loading starts, so that a busy one is said at once."""
+    """Take the port. Raises `StartupError`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:

@@ -27,18 +27,16 @@ from npc_runtime.engine.weights import (
 )
 from npc_runtime.errors import AdapterIncompatible, ContextOverflow, StartupError, WireError
 from npc_runtime.persona import Library, Persona
+from npc_runtime.settings import Settings
 
 __all__ = [
     "LoadedBase",
-    "Settings",
-    "adapter_parts",
     "check_personas",
     "find_context",
     "fit_gpu",
     "limit_gpu",
     "load_adapters",
     "load_base",
-    "load_library",
     "make_config",
     "make_store",
 ]
@@ -46,27 +44,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MAX_DEFAULT_KV_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What `npc-runtime serve` was asked for."""
-
-    base: str
-    personas: Path
-    host: str
-    port: int
-    dtype: DTypeName
-    threads: int | None
-    needs_token: bool
-    deterministic: bool = False
-    quantize: Quantize = "auto"
-    adapter_mib: int | None = None  # None: `EngineConfig`'s
-    kv_mib: int | None = None  # None: `EngineConfig`'s, but at most MAX_DEFAULT_KV_BYTES
-    gpu_mib: int | None = None  # of everything on the GPU; None: no bound but what is free
-    max_adapter_rank: int | None = None  # None: `EngineConfig`'s
-    allowed_hosts: tuple[str, ...] = ()  # names the daemon goes by besides its own
-    allowed_origins: tuple[str, ...] = ()  # whose web pages may connect besides its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +62,6 @@ class LoadedBase:
         kernels, dtype = self.decoder.kernels.__name__, str(self.device.dtype)
         weights = ", int4 weights" if self.is_int4 else ""
         return f"torch {torch.__version__}, {kernels}, {dtype.removeprefix('torch.')}{weights}"
-
-
-def load_library(folder: Path) -> Library:
-    """Read the personas, logging what is wrong with any. Raises `StartupError` if the folder is not there."""
-    library = Library.load(folder)
-    if not len(library) and not library.problems:
-        logger.warning("%s holds no personas (no */persona.yaml): every line will be rejected", folder)
-    for persona_id, problem in library.problems.items():
-        logger.warning("persona %s cannot be used: %s", persona_id, problem)
-    return library
 
 
 def load_base(
@@ -222,11 +189,6 @@ def make_store(shape: ModelShape, device: Device, config: EngineConfig, folder: 
     )
 
 
-def adapter_parts(persona: Persona) -> list[tuple[Path, float]]:
-    """Folders and scales of a persona's adapters."""
-    return [(persona.folder / ref.path, ref.scale) for ref in persona.adapter]
-
-
 def load_adapters(store: AdapterStore, library: Library, base_name: str) -> dict[str, str]:
     """Read every persona's adapter into the store; a persona whose adapter cannot be used gets the reason.
 
@@ -238,7 +200,7 @@ def load_adapters(store: AdapterStore, library: Library, base_name: str) -> dict
             notes[persona.id] = "prompt only"
             continue
         try:
-            pages = store.add(persona.id, adapter_parts(persona))
+            pages = store.add(persona.id, persona.adapter_parts)
         except Exception as error:  # files come from anywhere; whatever is wrong is this persona's problem alone
             problem = error if isinstance(error, WireError) else _unreadable(persona, error)
             library.reject(persona.id, problem)

@@ -3,9 +3,9 @@
 One record is one line, `time LEVEL message`, whatever a client put into it; what a message is about stands at its end
 as `key=value`, written by `pairs`. A line never holds the daemon's token, even if somebody logs it by mistake.
 
-A spawner may close the pipe that it gave as stderr, or never read it. So a thread writes to stderr, which alone may
-have to wait; and as soon as the daemon's first line is out, a pipe is left, and the file takes its place for
-whatever else of this process writes to stderr.
+A spawner may close the pipe that it gave as stderr, or never read it. So a thread writes to it, which alone may have to
+wait; as soon as the daemon's first line is out, the file takes its place for whatever else of this process writes to
+stderr; and when nobody waits for an error any more, the pipe is left.
 """
 
 import logging
@@ -121,12 +121,20 @@ class Log:
         if self._file.is_stderr and self._stderr is not None:  # of the process before, or the user's own doing
             self._drop_stderr(self._stderr)
 
-    def settle(self) -> None:
-        """The daemon's first line is out: leave stderr to the file, unless it is a terminal or a file itself."""
-        if self._stderr is None or self._file is None or _is_kept():
+    def shield_stderr(self) -> None:
+        """The daemon's first line is out: whatever is not logged goes to the file instead of stderr, unless that is a
+        terminal or a file itself. What is logged goes where it went.
+        """
+        if self._stderr is None or self._file is None or self._file.is_stderr or _is_kept():
             return
-        if self._drop_stderr(self._stderr) or os.name == "posix":  # Windows waits for who writes to it
+        if self._stderr.move() or os.name == "posix":  # Windows waits for who writes to it
             self._file.take_stderr()
+
+    def settle(self) -> None:
+        """The daemon is ready: log to the file alone, unless stderr is a terminal or a file itself."""
+        self.shield_stderr()
+        if self._stderr is not None and self._stderr.has_moved:
+            self._drop_stderr(self._stderr)
 
     def hide(self, secret: str) -> None:
         """Never show this text."""
@@ -164,12 +172,10 @@ class Log:
         handler.setFormatter(self._formatter)
         logging.getLogger().addHandler(handler)
 
-    def _drop_stderr(self, handler: "_StderrHandler") -> bool:
-        """Whether its thread came to an end, and does not wait for a reader."""
+    def _drop_stderr(self, handler: "_StderrHandler") -> None:
         logging.getLogger().removeHandler(handler)
         handler.close()
         self._stderr = None
-        return handler.has_ended
 
 
 class _Formatter(logging.Formatter):
@@ -231,14 +237,21 @@ class _StderrHandler(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
+        self._fd = STDERR
         self._lines: queue.Queue[str | None] = queue.Queue(MAX_QUEUED_LINES)
         self._thread = threading.Thread(target=self._write_all, name="stderr", daemon=True)
         self._thread.start()
 
     @property
-    def has_ended(self) -> bool:
-        """Whether the thread is over."""
-        return not self._thread.is_alive()
+    def has_moved(self) -> bool:
+        """Whether the lines go to what stderr was, and not to what it is now."""
+        return self._fd != STDERR
+
+    def move(self) -> bool:
+        """Let something else become stderr; returns whether nobody is writing to it."""
+        with suppress(OSError):
+            self._fd = os.dup(STDERR)
+        return self.flush()
 
     def emit(self, record: logging.LogRecord) -> None:
         self.say(self.format(record))
@@ -248,16 +261,18 @@ class _StderrHandler(logging.Handler):
         with suppress(queue.Full):
             self._lines.put_nowait(text)
 
-    def flush(self) -> None:
-        """Wait a moment until all is written."""
+    def flush(self) -> bool:  # type: ignore[override] # of which nobody else asks anything
+        """Wait a moment until all is written; returns whether it was."""
         with self._lines.all_tasks_done:
-            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, STDERR_TIMEOUT_S)
+            return self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, STDERR_TIMEOUT_S)
 
     def close(self) -> None:
         """End the thread once all is written, or after a moment leave it where it waits."""
         with suppress(queue.Full):
             self._lines.put_nowait(None)
             self._thread.join(STDERR_TIMEOUT_S)
+        if self.has_moved and not self._thread.is_alive():
+            os.close(self._fd)  # its reader hears of it
         super().close()
 
     def _write_all(self) -> None:
@@ -266,16 +281,16 @@ class _StderrHandler(logging.Handler):
             line = self._lines.get()
             with suppress(Exception):  # it is closed, mostly; the file has all
                 if line is not None:
-                    _write(line + "\n")
+                    _write(line + "\n", self._fd)
             self._lines.task_done()
 
 
-def _write(text: str) -> None:
-    if sys.stderr is not None and os.isatty(STDERR):
+def _write(text: str, fd: int) -> None:
+    if sys.stderr is not None and os.isatty(fd):
         sys.stderr.write(text)  # above a progress bar, if there is one
         sys.stderr.flush()
     else:
-        os.write(STDERR, text.encode(errors="backslashreplace"))
+        os.write(fd, text.encode(errors="backslashreplace"))
 
 
 def _is_kept() -> bool:

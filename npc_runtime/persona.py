@@ -156,6 +156,11 @@ class Persona(Part):
         return self.id if self.adapter else None
 
     @property
+    def adapter_parts(self) -> list[tuple[Path, float]]:
+        """Folders and scales of its adapters."""
+        return [(self.folder / ref.path, ref.scale) for ref in self.adapter]
+
+    @property
     def always_known(self) -> list[str]:
         """What it knows whatever the game's facts are."""
         return [entry.text for entry in self.knows if entry.condition is None]

@@ -15,6 +15,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -26,7 +27,7 @@ from npc_runtime.errors import StartupError
 from npc_runtime.line import said_in
 from npc_runtime.stage import DaemonInfo
 
-__all__ = ["Piece", "Recorder", "Recording", "Take"]
+__all__ = ["Piece", "Recorder", "Recording", "Take", "refuse_existing"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,24 +38,39 @@ MAX_LINE = 8 << 20
 NOT_KEPT = ("stats", "watched")
 """Said once a second, or said already to somebody else."""
 
+SECRETS = frozenset({"token", "resume", "session"})
+"""Fields of messages that let somebody in."""
+
 
 class Recorder:
     """Writes a recording. What cannot be written any more is said once in the log; the daemon goes on."""
 
-    def __init__(self, file: TextIO, info: DaemonInfo, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        file: TextIO,
+        info: DaemonInfo,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        secret: str | None = None,
+    ) -> None:
+        """`file` may hold the beginning of a recording already. `secret` is never written, wherever it stands."""
         self._file: TextIO | None = file
         self._clock = clock
+        self._secret = secret
         self._began_at = clock()
-        self._num_bytes = 0
-        self._write({"recording": VERSION, "info": _describe(info)})
+        self._num_bytes = file.tell()
+        if not self._num_bytes:
+            self._write({"recording": VERSION, "info": _describe(info)})
 
     @classmethod
-    def open(cls, path: Path, info: DaemonInfo) -> "Recorder":
-        """Begin a recording in a new file. Raises `StartupError`; a recording that is there is never written over."""
+    def open(cls, path: Path, info: DaemonInfo, *, secret: str | None = None, goes_on: bool = False) -> "Recorder":
+        """Begin a recording in a new file, or go on with that of the process before this one. Raises `StartupError`; a
+        recording that is there is never written over.
+        """
+        if not goes_on:
+            refuse_existing(path)
         try:
-            return cls(path.open("x", encoding="utf-8"), info)
-        except FileExistsError as error:
-            raise StartupError(f"--record {path}: the file is there already.", "Name another, or remove it.") from error
+            return cls(path.open("a", encoding="utf-8", errors="backslashreplace"), info, secret=secret)
         except OSError as error:
             raise StartupError(
                 f"--record {path}: {error.strerror or error}.", "Name a file that can be made."
@@ -66,13 +82,13 @@ class Recorder:
             return
         if message.get("type") == "hello":
             message = {name: value for name, value in message.items() if name in ("type", "id", "protocol", "client")}
-        if message.get("type") == "welcome":
-            message = {name: value for name, value in message.items() if name != "session"}
+        if not SECRETS.isdisjoint(message):
+            message = {name: value for name, value in message.items() if name not in SECRETS}
         at = round(self._clock() - self._began_at, 4)
         self._write({"at": at, "connection": connection, "from": sender, "message": message})
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write no more."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -83,7 +99,9 @@ class Recorder:
             text = json.dumps(document, ensure_ascii=False, separators=(",", ":")) + "\n"
         except (TypeError, ValueError, RecursionError):  # fields that nobody knows may have bytes in them
             return
-        self._num_bytes += len(text.encode(errors="replace"))
+        if self._secret is not None:
+            text = text.replace(self._secret, "[secret]")
+        self._num_bytes += len(text.encode(errors="backslashreplace"))
         try:
             if self._num_bytes > MAX_BYTES:
                 raise OSError(f"it would be larger than {MAX_BYTES >> 20} MiB")
@@ -92,7 +110,16 @@ class Recorder:
         except (OSError, ValueError) as error:
             logger.error("the recording ends here: %s", error)
             file, self._file = self._file, None
-            file.close()
+            with suppress(OSError):  # it tries to write what it still has
+                file.close()
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise `StartupError` if a new recording cannot be made there."""
+    if path.exists():
+        raise StartupError(f"--record {path}: the file is there already.", "Name another, or remove it.")
+    if not path.parent.is_dir():
+        raise StartupError(f"--record {path}: there is no folder {path.parent}.", "Make it, or name another.")
 
 
 class Piece(NamedTuple):
@@ -110,6 +137,7 @@ class Take:
     said: str  # what the player said, as it joins a history
     sent_at: float
     started_at: float | None = None
+    batch_size: int = 1
     pieces: list[Piece] = field(default_factory=list)
     end: wire.LineEnd | None = None
     ended_at: float = 0.0
@@ -149,65 +177,71 @@ class Recording:
                 reader.take(document)
             except (ValidationError, KeyError, TypeError, ValueError, OverflowError) as error:
                 raise _wrong(path, number) from error
-        return cls(info, reader.finished)
+        return cls(info, reader.takes)
 
 
 class _Reader:
     """Puts the messages about a line together; ids are a connection's own, and may be used again."""
 
     def __init__(self) -> None:
-        self.finished: list[Take] = []
-        self._asked: dict[tuple[int, wire.Id], dict[wire.Id, Take]] = {}  # by batch, until they are accepted
+        self._asked: list[Take] = []  # in that order, in which they will be asked for again
+        self._offered: dict[tuple[int, wire.Id], tuple[float, list[Any]]] = {}  # batches that are not answered yet
         self._takes: dict[tuple[int, wire.Id], Take] = {}
         self._personas: dict[tuple[int, str], str] = {}  # of NPCs
+
+    @property
+    def takes(self) -> list[Take]:
+        """The lines that ended; of one that lost its client, or the daemon, nobody knows how it would have."""
+        return [take for take in self._asked if take.end is not None]
 
     def take(self, document: dict[str, Any]) -> None:
         """Read one message."""
         connection, at, message = int(document["connection"]), float(document["at"]), document["message"]
         if not math.isfinite(at):
             raise ValueError("at")
-        if document["from"] == "client":
-            if message["type"] == "generate":
-                self._on_generate(connection, at, message)
-            elif message["type"] == "npc.open":
-                self._personas[connection, message["npc"]] = str(message["persona"])
-        else:
+        if document["from"] == "daemon":
             self._take_answer(connection, at, message)
+        elif message["type"] == "generate":
+            self._offered[connection, message["batch"]] = at, list(message["lines"])
+        elif message["type"] == "npc.open":
+            self._personas[connection, message["npc"]] = str(message["persona"])
 
     def _take_answer(self, connection: int, at: float, message: dict[str, Any]) -> None:
-        take = self._takes.get((connection, message.get("line", "")))
         match message["type"]:
             case "accepted":
-                asked = self._asked.pop((connection, message["batch"]), {})
-                queued = [item["line"] for item in message["items"] if item["status"] == "queued"]
-                self._takes.update(((connection, line), asked[line]) for line in queued if line in asked)
-            case "line.start" if take is not None:
-                take.started_at, take.persona = at - take.sent_at, str(message["persona"])
+                self._on_accepted(connection, message)
+            case "line.start":
+                self._on_start(connection, at, message)
             case "delta":
                 for item in message["items"]:
-                    spoken = self._takes.get((connection, item["line"]))
-                    if spoken is not None:
-                        spoken.pieces.append(Piece(at - spoken.sent_at, str(item["text"])))
+                    take = self._takes.get((connection, item["line"]))
+                    if take is not None:
+                        take.pieces.append(Piece(at - take.sent_at, str(item["text"])))
             case "line.end":
                 self._on_end(connection, at, message)
 
-    def _on_generate(self, connection: int, at: float, message: dict[str, Any]) -> None:
-        asked = self._asked[connection, message["batch"]] = {}
-        for document in message["lines"]:
-            try:
+    def _on_accepted(self, connection: int, message: dict[str, Any]) -> None:
+        """Every line of the batch was answered, in the order in which they were sent."""
+        at, documents = self._offered.pop((connection, message["batch"]), (0.0, []))
+        for document, item in zip(documents, message["items"], strict=False):
+            if item["status"] == "queued":
                 request = wire.LineRequest.model_validate(document)
-            except ValidationError:
-                continue  # it was rejected
-            persona = request.persona or self._personas.get((connection, request.npc or ""), "")
-            asked[request.line] = Take(persona, said_in(request), at)
+                persona = request.persona or self._personas.get((connection, request.npc or ""), "")
+                take = self._takes[connection, request.line] = Take(persona, said_in(request), at)
+                self._asked.append(take)
+
+    def _on_start(self, connection: int, at: float, message: dict[str, Any]) -> None:
+        take = self._takes.get((connection, message["line"]))
+        if take is not None:
+            take.started_at, take.persona = at - take.sent_at, str(message["persona"])
+            take.batch_size = int(message["batch_size"])
 
     def _on_end(self, connection: int, at: float, message: dict[str, Any]) -> None:
         take = self._takes.pop((connection, message["line"]), None)
-        if take is not None and message["reason"] != "cancelled":  # which only a client can do again
+        if take is not None:
             take.end, take.ended_at = wire.LineEnd.model_validate(message), at - take.sent_at
             if take.end.reason == "filtered" or take.end.usage.cached > take.end.usage.prompt:
                 raise ValueError("an end that no engine makes")
-            self.finished.append(take)
 
 
 def _read_lines(path: Path, file: TextIO) -> Iterator[dict[str, Any]]:

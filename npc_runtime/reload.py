@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 from npc_runtime.errors import PersonaInvalid, WireError
-from npc_runtime.loading import adapter_parts
 from npc_runtime.persona import Library, Persona, is_text
 
 __all__ = ["PersonaWatch"]
@@ -105,7 +104,7 @@ class PersonaWatch:
             else:
                 self._authored[persona_id] = persona
                 if persona.adapter:
-                    await self._replace_adapter(persona_id, adapter_parts(persona))
+                    await self._replace_adapter(persona_id, persona.adapter_parts)
                 self._library.put(persona)
         except WireError as error:
             self._library.object_to(persona_id, error)
@@ -161,7 +160,7 @@ class PersonaWatch:
 
 def _adapter_folders(persona: Persona) -> set[Path]:
     """Where the persona's adapters are, as written and with links followed."""
-    folders = [folder for folder, _ in adapter_parts(persona)]
+    folders = [folder for folder, _ in persona.adapter_parts]
     return {Path(os.path.normpath(folder)) for folder in folders} | {folder.resolve() for folder in folders}
 
 

@@ -6,12 +6,15 @@ second answer of the recording is given.
 """
 
 import asyncio
+import hashlib
+import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from npc_runtime import __version__
 from npc_runtime.engine.core import (
     Ended,
     EndReason,
@@ -23,11 +26,26 @@ from npc_runtime.engine.core import (
     StepOutput,
 )
 from npc_runtime.errors import InvalidError, WireError, find_error
+from npc_runtime.prompt import Message
 from npc_runtime.recording import Recording, Take
+from npc_runtime.stage import DaemonInfo, Voice
 
-__all__ = ["ReplayEngine"]
+__all__ = ["ReplayEngine", "replay_voice"]
 
-PAUSE_S = 0.05
+
+def replay_voice(recording: Recording, *, on_step: Callable[[StepOutput], None], speed: float) -> Voice:
+    """What speaks as the recording has it."""
+    info, backend = recording.info, f"replay of {recording.info.backend}"
+    return Voice(
+        ReplayEngine(recording, on_step=on_step, speed=speed),
+        DaemonInfo(__version__, info.device, backend, info.base),
+        _digest,
+    )
+
+
+def _digest(messages: Sequence[Message]) -> tuple[int, ...]:
+    """Stands for the tokens of a prompt: the same for the same prompt, and within every context."""
+    return tuple(hashlib.sha256(json.dumps(messages).encode()).digest()[:8])
 
 
 class ReplayEngine:
@@ -42,7 +60,8 @@ class ReplayEngine:
         self._speed = speed
         self._numbers: Counter[tuple[str, str]] = Counter()  # how often each was asked
         self._lines: dict[int, _Playing] = {}
-        self._is_paused = False
+        self._paused_at: float | None = None
+        self._max_tokens_per_s: float | None = None
         self._num_tokens = 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -67,7 +86,7 @@ class ReplayEngine:
                 self._end(request, Ended(request.id, EndReason.ERROR, error=error))
                 continue
             self._numbers[key] += 1
-            playing = self._lines[request.id] = _Playing(request, take, time.monotonic())
+            playing = self._lines[request.id] = _Playing(request, take, self._speed)
             self._plan(playing)
 
     def cancel(self, ids: Iterable[int]) -> None:
@@ -78,8 +97,16 @@ class ReplayEngine:
                 self._end(playing.request, playing.ended(EndReason.CANCELLED, playing.text))
 
     def configure(self, *, max_tokens_per_s: float | None, paused: bool) -> None:
-        """Stop and go on; a recording has its own pace."""
-        self._is_paused = paused
+        """Stop and go on; a recording has its own pace, and only says what it was told of another."""
+        self._max_tokens_per_s = max_tokens_per_s
+        if paused == (self._paused_at is not None):
+            return
+        now, paused_at = time.monotonic(), self._paused_at
+        self._paused_at = now if paused else None
+        for playing in self._lines.values():
+            if paused_at is not None:
+                playing.began_at += now - max(paused_at, playing.came_at)
+            self._plan(playing)
 
     def replace_adapter(
         self, name: str, parts: Iterable[tuple[Path, float]], on_done: Callable[[WireError | None], None]
@@ -113,30 +140,35 @@ class ReplayEngine:
             kv_blocks_cached=0,
             num_preempted=0,
             adapters_resident=(),
+            paused=self._paused_at is not None,
+            max_tokens_per_s=self._max_tokens_per_s,
         )
 
     def _plan(self, playing: "_Playing") -> None:
-        delay = max(playing.began_at + playing.next_at / self._speed - time.monotonic(), 0.0)
-        playing.timer = asyncio.get_running_loop().call_later(delay, self._go_on, playing)
+        """Wake up when the line goes on, or its deadline has passed."""
+        if playing.timer is not None:
+            playing.timer.cancel()
+            playing.timer = None
+        times = [playing.next_at if self._paused_at is None else None, playing.request.deadline]
+        at = min((time for time in times if time is not None), default=None)
+        if at is not None:
+            delay = max(at - time.monotonic(), 0.0)
+            playing.timer = asyncio.get_running_loop().call_later(delay, self._go_on, playing)
 
     def _go_on(self, playing: "_Playing") -> None:
         """Say what is due, and plan what follows."""
-        request = playing.request
-        if self._is_paused:
-            playing.began_at += PAUSE_S
-        deadline = request.deadline
-        if deadline is not None and deadline <= time.monotonic():
+        request, now = playing.request, time.monotonic()
+        if request.deadline is not None and request.deadline <= now:
             self._end(request, playing.ended(EndReason.DEADLINE, playing.text))
-        elif self._is_paused:
-            playing.timer = asyncio.get_running_loop().call_later(PAUSE_S, self._go_on, playing)
-        else:
+            return
+        if self._paused_at is None and playing.next_at <= now:
             event = playing.next_event()
             if isinstance(event, Ended):
                 self._num_tokens += event.num_completion
                 self._end(request, event)
-            else:
-                self._on_step(StepOutput((event,), frozenset({request.group})))
-                self._plan(playing)
+                return
+            self._on_step(StepOutput((event,), frozenset({request.group})))
+        self._plan(playing)
 
     def _end(self, request: Request, ended: Ended) -> None:
         playing = self._lines.pop(request.id, None)
@@ -148,19 +180,22 @@ class ReplayEngine:
 class _Playing:
     """A line that is being played."""
 
-    def __init__(self, request: Request, take: Take, began_at: float) -> None:
+    def __init__(self, request: Request, take: Take, speed: float) -> None:
         self.request = request
-        self.began_at = began_at
         self.timer: asyncio.TimerHandle | None = None
         self.text = ""
+        self.came_at = time.monotonic()
         self._take = take
+        self._speed = speed
         self._events = self._list_events()
         self._at = 0
+        # Recorded times begin when the client sent the line; an NPC's second one has waited for the first until now.
+        self.began_at = max(request.arrival, self.came_at - self._events[0][0] / speed)
 
     @property
     def next_at(self) -> float:
-        """When the next event comes, in seconds after the line was sent."""
-        return self._events[self._at][0]
+        """When the next event comes."""
+        return self.began_at + self._events[self._at][0] / self._speed
 
     def next_event(self) -> Event:
         """Take the next event."""
@@ -195,7 +230,7 @@ class _Playing:
         assert end is not None
         events: list[tuple[float, Event]] = []
         if take.started_at is not None:
-            events.append((take.started_at, Started(request_id, end.timing.queue_ms, round(end.timing.batch_avg) or 1)))
+            events.append((take.started_at, Started(request_id, end.timing.queue_ms, take.batch_size)))
         events += [(piece.at, Spoken(request_id, piece.text)) for piece in take.pieces]
         error = None if end.error is None else find_error(end.error.code)(end.error.message, end.error.hint)
         text = "" if end.fallback else end.text

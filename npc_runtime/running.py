@@ -5,7 +5,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from npc_runtime.discovery import project_of, read_endpoint
@@ -28,7 +28,7 @@ class Target(NamedTuple):
 class Health:
     """What `/healthz` said. `gone`: nobody listens there; `silent`: somebody does who does not answer as we do."""
 
-    state: Literal["well", "ill", "silent", "gone"]
+    state: Literal["well", "loading", "ill", "silent", "gone"]
     body: dict[str, Any] = field(default_factory=dict)
 
 
@@ -49,13 +49,21 @@ def ask_health(target: Target, timeout_s: float = HEALTH_TIMEOUT_S) -> Health:
     # Loopback is not reached through a proxy, whatever the environment says.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(request, timeout=timeout_s) as answer:
-            body = json.loads(answer.read(MAX_HEALTH_BYTES))
-            return Health("well", body) if isinstance(body, dict) else Health("silent")
-    except urllib.error.HTTPError as error:
-        with error:
-            return Health("ill" if error.code == 503 else "silent")
+        try:
+            with opener.open(request, timeout=timeout_s) as answer:
+                return _read_health(answer, "well")
+        except urllib.error.HTTPError as error:
+            with error:
+                return _read_health(error, "ill") if error.code == 503 else Health("silent")
     except urllib.error.URLError as error:
         return Health("gone" if isinstance(error.reason, ConnectionRefusedError) else "silent")
     except (OSError, ValueError):
         return Health("silent")
+
+
+def _read_health(answer: IO[bytes], state: Literal["well", "ill"]) -> Health:
+    """Read what came with that status. Raises `OSError`, `ValueError`."""
+    body = json.loads(answer.read(MAX_HEALTH_BYTES))
+    if not isinstance(body, dict):
+        return Health("silent")
+    return Health("loading" if body.get("status") == "loading" else state, body)

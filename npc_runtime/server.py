@@ -47,7 +47,7 @@ from npc_runtime.metrics import Metrics
 from npc_runtime.pages import Health, Pages
 from npc_runtime.persona_folder import PersonaFolder
 from npc_runtime.recording import Recorder
-from npc_runtime.session import Session
+from npc_runtime.session import Session, clip_reason
 from npc_runtime.stage import Stage
 
 __all__ = ["NpcServer"]
@@ -119,8 +119,11 @@ class NpcServer:
         stage = self._stage
         self._tell_all(lambda session: session.on_loaded(stage))
 
-    async def close(self, reason: str) -> None:
-        """Tell every client that the daemon goes, let every line end and its end be sent, and stop the engine."""
+    async def close(self, reason: str, *, code: int = wire.CloseCode.RESTART) -> None:
+        """Tell every client that the daemon goes, let every line end and its end be sent, and stop the engine.
+
+        Of the reason they hear as much as a close frame has room for.
+        """
         assert self._server is not None
         refusal = OverloadError("The daemon is stopping.", "Connect again when it is back.")
         self._disk.shutdown(wait=False, cancel_futures=True)
@@ -132,7 +135,7 @@ class NpcServer:
             stopped = asyncio.ensure_future(asyncio.to_thread(self._engine.close, STOP_TIMEOUT_S))
             await asyncio.wait([stopped], timeout=STOP_TIMEOUT_S)
         await self._flush()
-        self._server.close(code=wire.CloseCode.RESTART, reason=reason)
+        self._server.close(code=code, reason=clip_reason(reason))
         await asyncio.wait([asyncio.ensure_future(self._server.wait_closed())], timeout=CLOSE_TIMEOUT_S)
         for connection in self._connections:  # a client that does not read does not answer the close either
             connection.abort()

@@ -36,7 +36,7 @@ from npc_runtime.prompt import Message
 from npc_runtime.stage import Stage
 from npc_runtime.warmup import Warmup, warmup_job
 
-__all__ = ["Session"]
+__all__ = ["Session", "clip_reason"]
 
 logger = logging.getLogger(__name__)
 
@@ -380,7 +380,12 @@ class Session:
 
     def _close(self, code: int, reason: str, now: float) -> list[Effect]:
         effects = self.disconnect(now)
-        return [*effects, Close(code, reason.encode()[:MAX_CLOSE_REASON].decode(errors="ignore"))]
+        return [*effects, Close(code, clip_reason(reason))]
+
+
+def clip_reason(reason: str) -> str:
+    """As much of it as a close frame has room for."""
+    return reason.encode()[:MAX_CLOSE_REASON].decode(errors="ignore")
 
 
 def _turns(turns: Iterable[wire.ChatTurn]) -> list[Message]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from npc_runtime import protocol as wire
+from npc_runtime.engine.core import LineEngine
 from npc_runtime.line import Renderer
 from npc_runtime.persona import Library
 
-__all__ = ["DaemonInfo", "Stage"]
+__all__ = ["DaemonInfo", "Stage", "Voice"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,14 @@ class DaemonInfo:
     device: str
     backend: str
     base: wire.BaseModelInfo
+
+
+class Voice(NamedTuple):
+    """What speaks: the engine, what is said of it, and what makes its prompts."""
+
+    engine: LineEngine
+    info: DaemonInfo
+    render: Renderer
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,10 @@ Until something better is in place, a request leaves through all `finally`s, so 
 import signal
 import sys
 import threading
+from types import TracebackType
+from typing import Any, Self
 
-__all__ = ["ask_to_stop", "leave_when_asked", "stop_signals", "was_asked_to_stop"]
+__all__ = ["StopNote", "ask_to_stop", "leave_when_asked", "stop_signals", "was_asked_to_stop"]
 
 
 def stop_signals() -> list[signal.Signals]:
@@ -39,6 +41,27 @@ def ask_to_stop() -> None:
         main = threading.main_thread().ident
         assert main is not None
         signal.pthread_kill(main, signal.SIGTERM)  # to the one that may be waiting in a system call
+
+
+class StopNote:
+    """Within `with`, in the main thread, a request to stop interrupts nothing any more; that it came is noted."""
+
+    def __init__(self) -> None:
+        self.was_asked = False
+        self._before: list[tuple[signal.Signals, Any]] = []
+
+    def __enter__(self) -> Self:
+        self._before = [(number, signal.signal(number, self._note)) for number in stop_signals()]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before:
+            signal.signal(number, handler)
+
+    def _note(self, *_: object) -> None:
+        self.was_asked = True
 
 
 def _leave(*_: object) -> None:

@@ -89,6 +89,7 @@ class CloseCode:
     HELLO_TIMEOUT = 4408
     TOO_MANY = 4429
     TOO_LARGE = 1009
+    FAILED = 1011
     RESTART = 1012
 
 

@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from npc_kernels.openmp import sleep_while_waiting
+
+from npc_runtime.running import Target, ask_health
 
 sleep_while_waiting()  # as the daemon does, before anybody imports torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -77,8 +80,11 @@ class RunningDaemon:
         return self.process.wait(10_000 * MS)
 
 
-def start_daemon(*options, env=None, cwd=None):
-    """Of a project of its own, unless one is given: a second daemon for a project is refused."""
+def start_daemon(*options, env=None, cwd=None, waits=True):
+    """Of a project of its own, unless one is given: a second daemon for a project is refused.
+
+    Returns when it has loaded its base, or has ended; with `waits=False` when its first line is out.
+    """
     if "--project" not in options:
         options = (*options, "--project", f"test-{next(PROJECT_NUMBERS)}")
     log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 - discard() closes it
@@ -95,7 +101,15 @@ def start_daemon(*options, env=None, cwd=None):
     daemon = RunningDaemon(process, log, json.loads(line) if line else {}, options[options.index("--project") + 1])
     if not line:
         process.wait(10_000 * MS)
+    elif waits:
+        wait_until_loaded(daemon)
     return daemon
+
+
+def wait_until_loaded(daemon):
+    target = Target(daemon.url, None)
+    while daemon.process.poll() is None and ask_health(target).state != "well":
+        time.sleep(50 * MS)
 
 
 def discard(daemon):

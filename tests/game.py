@@ -33,20 +33,20 @@ class Game:
 
 
 class play:
-    """Connect, say hello with the right token, and expect welcome."""
+    """Connect, say hello with the right token, and expect welcome, once the base is loaded."""
 
     def __init__(self, daemon, subprotocol="npc.v1.msgpack", **hello):
         self.daemon, self.subprotocol = daemon, subprotocol
         self.hello = {"type": "hello", "protocol": 1, "token": daemon.token, **hello}
 
     async def __aenter__(self):
-        # A process that takes over the port of another one loads its base before it answers.
+        # A process that takes over the port of another one has to start before it answers.
         options = dict(compression=None, open_timeout=30_000 * MS)
         self.socket = await connect(self.daemon.url, subprotocols=[self.subprotocol], **options)
         game = Game(self.socket, self.subprotocol)
         await game.send(**self.hello)
-        game.welcome = await game.receive()
-        assert game.welcome["type"] == "welcome"
+        *game.waited, game.welcome = await game.until("welcome")
+        assert {message["type"] for message in game.waited} <= {"event"}
         return game
 
     async def __aexit__(self, *_):

@@ -233,6 +233,7 @@ def test_personas_that_cannot_speak_are_told_with_their_remedy(make_persona, tmp
         (ENDPOINT, Health("gone"), "ok", "none is running"),
         (ENDPOINT, Health("well", {"active": 3, "tokens_per_s": 12.5}), "ok", "3 lines, 12.5 tokens/s"),
         (ENDPOINT, Health("well", {}), "ok", "0 lines"),
+        (ENDPOINT, Health("loading"), "ok", "process 99, port 4711 with x: it still loads"),
         (ENDPOINT, Health("ill"), "wrong", "engine has ended"),
         (ENDPOINT, Health("silent"), "wrong", "process 99, port 4711: it does not answer"),
     ],

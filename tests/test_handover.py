@@ -18,8 +18,8 @@ from conftest import MS, RUNTIME_FOLDER, RunningDaemon, daemon_environment, disc
 from game import line, play
 from websockets.exceptions import ConnectionClosed
 
-import npc_runtime.daemon as daemon_module
-from npc_runtime import handover
+from npc_runtime import computing, handover
+from npc_runtime.daemon import run_daemon
 from npc_runtime.daemon_process import DaemonProcess
 from npc_runtime.discovery import Endpoint, write_endpoint
 from npc_runtime.errors import EngineDied, StartupError
@@ -27,6 +27,7 @@ from npc_runtime.handover import Handover
 from npc_runtime.logs import Log
 from npc_runtime.persona import shipped_personas
 from npc_runtime.project_lock import ProjectLock, is_held
+from npc_runtime.settings import Settings
 
 SCRIPT = """
 import ctypes, os, pathlib, torch
@@ -98,9 +99,11 @@ def runtime_file():
         return json.load(file)
 
 
-async def speak(daemon, count=1):
+async def speak(daemon, count=1, waited=None):
     """A batch on a connection of its own: its ends, and the close that follows a failed one."""
     async with play(daemon) as game:
+        if waited is not None:
+            waited += [event["kind"] for event in game.waited]
         await game.send(type="generate", batch=1, lines=[line(n, sampling={"max_tokens": 8}) for n in range(count)])
         ends = [m for m in await game.until("batch.end") if m["type"] == "line.end"]
         if ends[0]["reason"] != "error":
@@ -119,7 +122,8 @@ async def test_a_client_reconnects_with_what_it_knows(broken_daemon):
     assert all(end["error"]["retryable"] and "send the line again" in end["error"]["hint"] for end in ends)
     assert (close.code, close.reason) == (1012, "the daemon restarts; connect again")
     assert runtime_file() == daemon.endpoint, "it stays while nobody serves"
-    ends, _ = await speak(daemon)
+    ends, _ = await speak(daemon, waited=(waited := []))
+    assert set(waited) == {"model.loading", "model.ready"}
     assert ends[0]["reason"] in ("stop", "length")
     assert runtime_file() == daemon.endpoint
     assert await asyncio.to_thread(daemon.stop) == 0
@@ -153,7 +157,7 @@ async def test_owner_lock_and_log_go_on(broken_daemon, tmp_path):
     said = [line.split(" ", 2)[2] for line in log.read_text().splitlines() if line[:2] == "20"]
     assert sum(line.startswith("INFO npc-runtime ") for line in said) == 2
     assert sum("the owner is gone" in line for line in said) == 1
-    assert sum(" personas; ws://" in line for line in said) == 2
+    assert sum(" personas: ready after" in line for line in said) == 2
 
 
 async def test_a_device_that_hangs_is_left_with_the_process(broken_daemon):
@@ -227,22 +231,23 @@ async def test_who_asks_it_to_stop_meanwhile_is_obeyed(broken_daemon):
         (RuntimeError("a defect"), RuntimeError, "a defect"),
     ],
 )
-def test_a_device_that_fails_while_the_base_is_loaded_is_said(monkeypatch, tmp_path, error, kind, message):
+def test_a_device_that_fails_while_the_base_is_loaded_is_said(bound, monkeypatch, tmp_path, error, kind, message):
     """By a process that took over: clients must not be sent on to a port that nobody serves."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     path = write_endpoint("broken", Endpoint(4780, os.getpid(), "t", 1, "base"))
 
     def fail(*_):
+        assert path.exists()
         raise error
 
-    monkeypatch.setattr(daemon_module, "_load_and_serve", fail)
-    settings = daemon_module.Settings("base", tmp_path, "127.0.0.1", 0, "auto", None, True)
-    log = Log()
+    monkeypatch.setattr(computing, "_load", fail)
+    settings = Settings("base", tmp_path, "127.0.0.1", 0, "auto", None, True)
+    process = DaemonProcess("broken", Log(), taken=Handover(bound, "t", (1.0,)))
     try:
         with pytest.raises(kind, match=message):
-            daemon_module.run_daemon(settings, DaemonProcess("broken", log), contextlib.nullcontext)
+            run_daemon(settings, process, lambda: contextlib.nullcontext(print))
     finally:
-        log.close()
+        process.log.close()
     assert not path.exists()
 
 

@@ -59,7 +59,9 @@ def test_a_daemon_that_is_well_says_how_it_is(daemon, monkeypatch):
 @pytest.mark.parametrize(
     ("status", "body", "expected"),
     [
-        (503, b'{"status": "the engine thread died"}', Health("ill")),
+        (503, b'{"status": "the engine thread died"}', Health("ill", {"status": "the engine thread died"})),
+        (503, b'{"status": "loading"}', Health("loading", {"status": "loading"})),
+        (503, b"The service is unavailable.", Health("silent")),
         (404, b"There is no such page.", Health("silent")),
         (200, b"<html>Another program's page</html>", Health("silent")),
         (200, b"[1, 2]", Health("silent")),

@@ -21,7 +21,7 @@ from npc_kernels.batch import PAGE_RANK, BatchMetadata, Codes, LoraSpan
 from npc_kernels.cpu_attend import CHUNK, attend
 from npc_kernels.cpu_codes import PackedCodes, multiply_bytes, multiply_codes
 from npc_kernels.cpu_draw import draw, draw_rows
-from npc_kernels.cpu_gemm import Cut, PackedLinear, cut_rows
+from npc_kernels.cpu_gemm import Cut, PackedLinear, cut_rows, join
 from npc_kernels.cpu_jit import Work, compiled, run
 from npc_kernels.cpu_rows import TILE
 from npc_kernels.cpu_tape import Tape, prepare_tapes
@@ -83,12 +83,6 @@ class Linear:
         if tape is not None:
             tape.is_whole = False
         return self._dense.multiply(x, cut)
-
-
-def join(parts: tuple[Tensor, ...], num_rows: int, *, wide: bool) -> Tensor:
-    """The rows of all parts, without those that pad them, in float32 if `wide`."""
-    out = (parts[0] if len(parts) == 1 else torch.cat(parts))[:num_rows]
-    return out.float() if wide else out
 
 
 class Product(NamedTuple):

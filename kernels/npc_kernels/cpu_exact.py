@@ -19,12 +19,11 @@ from npc_kernels.cpu import (
     finish_qkv,
     finish_residual,
     head,
-    join,
     paged_attention,
     prepare,
     project,
 )
-from npc_kernels.cpu_gemm import Cut, PackedLinear
+from npc_kernels.cpu_gemm import Cut, PackedLinear, join
 from npc_kernels.cpu_tape import Tape
 
 __all__ = [

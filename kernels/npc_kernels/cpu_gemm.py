@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["SIZES", "Cut", "PackedLinear", "cut_rows"]
+__all__ = ["SIZES", "Cut", "PackedLinear", "cut_rows", "join"]
 
 PACK_ROWS = 8
 """Rows that oneDNN is told to expect when it chooses a layout; 8 was as good as the exact number at 1 and 32."""
@@ -80,3 +80,9 @@ def _pack(weight: Tensor) -> Tensor | None:
         return pack(weight, PACK_ROWS)
     except RuntimeError:
         return None
+
+
+def join(parts: tuple[Tensor, ...], num_rows: int, *, wide: bool) -> Tensor:
+    """The rows of all parts, without those that pad them, in float32 if `wide`."""
+    out = (parts[0] if len(parts) == 1 else torch.cat(parts))[:num_rows]
+    return out.float() if wide else out

@@ -123,6 +123,8 @@ def check_daemon(endpoint: Endpoint | None, health: Health | None, loading_pid: 
     if health.state == "well":
         lines, speed = health.body.get("active", 0), health.body.get("tokens_per_s", 0)
         yield Finding("daemon", "ok", f"{where} with {endpoint.base}: {lines} lines, {speed} tokens/s; it answers")
+    elif health.state == "loading":
+        yield Finding("daemon", "ok", f"{where} with {endpoint.base}: it still loads")
     elif health.state == "ill":
         what = f"{where}: its engine has ended, and it recovers or stops"
         yield Finding("daemon", "wrong", what, f"If it does not: {stop}")
