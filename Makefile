@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-avx2 check compile gpu bench generate clean
+.PHONY: demo test test-avx2 soak check compile gpu bench generate clean
 
 demo: $(VENV)/.runtime
 	@$(BIN)/npc-runtime demo
@@ -22,6 +22,12 @@ test-avx2: export NUMBA_CPU_NAME := haswell
 test-avx2: export NUMBA_CPU_FEATURES := +avx,+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt,+sse4.2
 test-avx2: $(VENV)/.dev
 	@$(BIN)/python -P -m pytest -q tests/test_kernels.py tests/test_exact.py tests/test_model.py tests/test_parity.py
+
+# The long form of what `make test` does shortly: 100,000 frames of nonsense, 1,000 clients that vanish, ten minutes of
+# play with 32 streams. About twenty minutes.
+soak: export NPC_SOAK := 1
+soak: $(VENV)/.dev
+	@$(BIN)/python -P -m pytest -s tests/test_reliability.py
 
 check: $(VENV)/.dev
 	@$(BIN)/ruff format --check .

@@ -1,8 +1,8 @@
 """A client's side of one `generate`: what becomes of its lines, as it comes."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
 
 from npc_runtime import protocol as wire
 from npc_runtime.errors import NpcError
@@ -24,8 +24,10 @@ class Batch:
         self.id = batch_id
         self.accepted: wire.Accepted | None = None
         self._send = send
-        self._events: asyncio.Queue[BatchEvent] = asyncio.Queue(MAX_BATCH_EVENTS)
-        self._failure: asyncio.Future[NpcError] = asyncio.get_running_loop().create_future()
+        self._events: deque[BatchEvent] = deque()
+        self._has_news = asyncio.Event()
+        self._has_room = asyncio.Event()
+        self._failure: NpcError | None = None
         self._is_over = False
 
     @property
@@ -38,13 +40,17 @@ class Batch:
         await self._send(wire.Cancel(batch=self.id))
 
     async def put(self, event: BatchEvent) -> None:
-        """Take an event from the connection."""
-        await self._events.put(event)
+        """Take an event from the connection, when there is room for it."""
+        while len(self._events) >= MAX_BATCH_EVENTS:
+            self._has_room.clear()
+            await self._has_room.wait()
+        self._events.append(event)
+        self._has_news.set()
 
     def fail(self, reason: NpcError) -> None:
         """The connection is gone: whoever iterates gets what came before, then the reason."""
-        if not self._failure.done():
-            self._failure.set_result(reason)
+        self._failure = self._failure or reason
+        self._has_news.set()
 
     async def __aiter__(self) -> AsyncIterator[BatchEvent]:
         while not self._is_over:
@@ -53,15 +59,10 @@ class Batch:
             yield event
 
     async def _next(self) -> BatchEvent:
-        if self._events.empty() and not self._failure.done():
-            getter = asyncio.ensure_future(self._events.get())
-            either: list[asyncio.Future[Any]] = [getter, self._failure]
-            try:
-                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-                if getter.done():
-                    return getter.result()
-            finally:
-                getter.cancel()
-        if self._events.empty():
-            raise self._failure.result()
-        return self._events.get_nowait()
+        while not self._events:
+            if self._failure is not None:
+                raise self._failure
+            self._has_news.clear()
+            await self._has_news.wait()
+        self._has_room.set()
+        return self._events.popleft()

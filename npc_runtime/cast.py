@@ -4,19 +4,20 @@ A connection has one cast. When it is lost the cast waits in the green room, for
 """
 
 import json
+import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from npc_runtime.errors import InvalidError, NpcUnknown, OverloadError
-from npc_runtime.history import History
+from npc_runtime.history import MAX_HISTORY_MESSAGES, History
 from npc_runtime.prompt import Message
 
 __all__ = ["MAX_NPCS", "MAX_VARS", "Arrival", "Cast", "GreenRoom", "Npc"]
 
 MAX_NPCS = 512
-MAX_WAITING = 64  # casts without a connection
+MAX_WAITING, MAX_WAITING_CHARS = 64, 16 << 20  # casts without a connection, and what all their NPCs remember
 MAX_VARS = 64
 STATE_VERSION = 1
 
@@ -31,6 +32,7 @@ class Npc:
     persona: str
     vars: Mapping[str, Value] = field(default_factory=dict)
     history: History = field(default_factory=History)
+    num_dropped: int = 0  # messages that the last prompt had no room for: probably nor has the next one
 
     def snapshot(self) -> str:
         """The NPC as a text for a save game; `Cast.restore` reads it, in this version of the program or a later one."""
@@ -47,6 +49,11 @@ class Cast:
 
     def __len__(self) -> int:
         return len(self._npcs)
+
+    @property
+    def num_chars(self) -> int:
+        """Code points that all of them remember."""
+        return sum(npc.history.num_chars for npc in self._npcs.values())
 
     def find(self, npc_id: str) -> Npc:
         """Return an open NPC. Raises `NpcUnknown`."""
@@ -120,7 +127,7 @@ class GreenRoom:
 
     def arrive(self, owner: object, resume: str | None, now: float) -> Arrival:
         """Give a connection the cast that it had, also if another still has it, or else a new one."""
-        self._expire(now)
+        self.expire(now)
         place = self._places.get(resume or "")
         if place is None:
             name, cast = self._new_name(), Cast()
@@ -138,13 +145,18 @@ class GreenRoom:
         place.owner, place.until = None, now + linger_s
         if not len(place.cast):
             del self._places[name]
-        self._expire(now)
+        self.expire(now)
 
-    def _expire(self, now: float) -> None:
-        waiting = {name: place.until for name, place in self._places.items() if place.owner is None}
-        surplus = sorted(waiting, key=lambda name: -waiting[name])[MAX_WAITING:]
-        for name in {*surplus, *(name for name, until in waiting.items() if until <= now)}:
-            del self._places[name]
+    def expire(self, now: float) -> None:
+        """Forget the casts whose time is over, and the oldest where there are too many or they are too large."""
+        waiting = sorted(
+            ((place.until, name) for name, place in self._places.items() if place.owner is None), reverse=True
+        )
+        num_chars = 0
+        for number, (until, name) in enumerate(waiting):
+            num_chars += self._places[name].cast.num_chars
+            if until <= now or number >= MAX_WAITING or num_chars > MAX_WAITING_CHARS:
+                del self._places[name]
 
 
 def _read_state(npc_id: str, state: str) -> Npc:
@@ -160,9 +172,9 @@ def _read_state(npc_id: str, state: str) -> Npc:
             raise ValueError("version")
         if not isinstance(document["messages"], list):
             raise ValueError("messages")
-        messages = [_read_turn(*turn) for turn in document["messages"]]
+        messages = [_read_turn(*turn) for turn in document["messages"][-MAX_HISTORY_MESSAGES:]]
         return Npc(npc_id, _text(document["persona"], 64), _read_vars(document["vars"]), History(messages))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
         raise InvalidError("'state' is not what npc.snapshot gave.", "Send it back as it was.") from error
 
 
@@ -179,7 +191,7 @@ def _read_vars(value: Any) -> dict[str, Value]:
         _text(name, 64)
         if isinstance(each, str):
             _text(each or " ", 1_000)
-        elif not isinstance(each, Value):
+        elif not isinstance(each, Value) or (isinstance(each, float) and not math.isfinite(each)):
             raise ValueError("vars")
     return value
 

@@ -85,6 +85,7 @@ class Talk:
         refused, `DisconnectedError` if the daemon is gone.
         """
         self._said, self._is_answered = text, False
+        on_text("")  # from here on Ctrl-C is the line's
         line: dict[str, Any] = {"line": 1, "npc": self._npc, "input": {"text": text}}
         line |= {} if seed is None else {"sampling": {"seed": seed}}
         try:

@@ -67,7 +67,6 @@ class ChatTerminal:
             yield lambda text: None
             return
         with _no_echo(), Live(console=self._out, auto_refresh=False, transient=True, redirect_stdout=False) as live:
-            live.update(self._line("▌"), refresh=True)
             yield lambda text: live.update(self._line(text + "▌"), refresh=True)
 
     def show(self, reply: Reply) -> None:

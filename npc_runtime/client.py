@@ -13,6 +13,7 @@ import itertools
 import json
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,9 +40,10 @@ Notice = wire.Event | wire.Stats | wire.Watched
 class RequestError(NpcError):
     """The daemon answered a request with an error."""
 
-    def __init__(self, code: str, message: str, hint: str = "") -> None:
+    def __init__(self, code: str, message: str, hint: str = "", *, retryable: bool = False) -> None:
         super().__init__(message, hint)
         self.code = code
+        self.retryable = retryable
 
 
 class Client:
@@ -54,9 +56,11 @@ class Client:
         self._answers: dict[wire.Id, asyncio.Future[dict[str, Any]]] = {}
         self._batches: dict[wire.Id, Batch] = {}
         self._line_owners: dict[wire.Id, Batch] = {}
-        self._parts: list[str] = []
+        self._parts: dict[wire.Id | None, list[str]] = {}
         self._notices: deque[Notice] = deque(maxlen=MAX_NOTICES)
         self._has_notice = asyncio.Event()
+        self._failure: NpcError | None = None
+        self._farewells: set[asyncio.Task[None]] = set()
         self._reader: asyncio.Task[None] | None = None
         self.welcome: wire.Welcome
 
@@ -155,18 +159,37 @@ class Client:
             body = await self._ask(wire.Generate(id=message_id, batch=batch_id, lines=list(lines)), message_id)
         except BaseException:
             self._batches.pop(batch_id, None)
+            self._give_up(batch_id)
             raise
         handle.accepted = wire.Accepted.model_validate(body)
         return handle
 
-    async def say(self, persona: str | None, text: str, *, npc: str | None = None, **fields: Any) -> wire.LineEnd:
-        """Speak one line, of a persona or an npc, and wait for its end. Raises `RequestError` if it is not accepted."""
-        line = f"l{next(self._ids)}"
-        speaker = {"persona": persona} if npc is None else {"npc": npc}
-        batch = await self.generate([{"line": line, **speaker, "input": {"text": text}, **fields}])
+    def _give_up(self, batch_id: wire.Id) -> None:
+        """Have the daemon cancel what nobody waits for any more."""
+
+        async def cancel() -> None:
+            with suppress(NpcError):
+                await self.send(wire.Cancel(batch=batch_id))
+
+        task = asyncio.ensure_future(cancel())
+        self._farewells.add(task)
+        task.add_done_callback(self._farewells.discard)
+
+    async def say(self, persona: str, text: str, **fields: Any) -> wire.LineEnd:
+        """Have a persona speak one line, and wait for its end. Raises `RequestError` if it is not accepted."""
+        return await self._speak({"persona": persona, "input": {"text": text}, **fields})
+
+    async def talk(self, npc: str, text: str, **fields: Any) -> wire.LineEnd:
+        """Say something to an open NPC and wait for the end of its line; it remembers both. Raises as `say`."""
+        return await self._speak({"npc": npc, "input": {"text": text}, **fields})
+
+    async def _speak(self, request: dict[str, Any]) -> wire.LineEnd:
+        batch = await self.generate([{"line": f"l{next(self._ids)}", **request}])
         ends = [event async for event in batch if isinstance(event, wire.LineEnd)]
         for item in batch.rejected:
-            raise RequestError(item.code or "internal", item.message or "", item.hint or "")
+            raise RequestError(
+                item.code or "internal", item.message or "", item.hint or "", retryable=bool(item.retryable)
+            )
         return ends[0]
 
     async def open_npc(
@@ -236,7 +259,9 @@ class Client:
             await self._has_notice.wait()
 
     async def send(self, message: wire.ClientMessage) -> None:
-        """Send one message. Raises `DisconnectedError`."""
+        """Send one message. Raises `DisconnectedError`, or why the connection was given up."""
+        if self._failure is not None:
+            raise self._failure
         try:
             await self._socket.send(codec.encode(message, self._subprotocol))
         except ConnectionClosed as error:
@@ -267,7 +292,9 @@ class Client:
             reason = _disconnected(error)
         except NpcError as error:
             reason = error
+            await self._socket.close()  # whoever asks next is told at once
         finally:
+            self._failure = reason
             for answer in self._answers.values():
                 if not answer.done():
                     answer.set_exception(reason)
@@ -319,10 +346,11 @@ class Client:
         if message.parts is None:
             self._answer(message.re, message.body or {})
             return
-        self._parts.append(message.data or "")
-        if len(self._parts) == message.parts:
-            text, self._parts = "".join(self._parts), []
-            self._answer(message.re, json.loads(text))
+        parts = self._parts.setdefault(message.re, [])
+        parts.append(message.data or "")
+        if len(parts) == message.parts:
+            del self._parts[message.re]
+            self._answer(message.re, json.loads("".join(parts)))
 
     def _answer(self, re: wire.Id | None, body: dict[str, Any]) -> None:
         future = self._answers.get(re) if re is not None else None
@@ -332,7 +360,7 @@ class Client:
     def _fail(self, message: wire.Error) -> None:
         future = self._answers.get(message.re) if message.re is not None else None
         if future is not None and not future.done():
-            future.set_exception(RequestError(message.code, message.message, message.hint))
+            future.set_exception(RequestError(message.code, message.message, message.hint, retryable=message.retryable))
 
 
 def _disconnected(error: ConnectionClosed) -> DisconnectedError:

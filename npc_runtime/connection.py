@@ -28,7 +28,7 @@ from npc_runtime.effects import (
     Watch,
 )
 from npc_runtime.engine.core import Ended, Spoken, Started
-from npc_runtime.errors import InternalError, WireError
+from npc_runtime.errors import WireError
 from npc_runtime.gate import HELLO_TIMEOUT_S
 from npc_runtime.recording import Recorder
 from npc_runtime.session import Session
@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 SEND_TIMEOUT_S = 10.0
 MAX_OUTBOX = 2_048  # messages; more than all ends of a full connection
 CONGESTED_OUTBOX = 16  # from here on deltas wait and merge
-MAX_WATCHED_OUTBOX = 64  # from here on a watcher misses what other connections say
+MAX_WATCHED_OUTBOX = CONGESTED_OUTBOX // 2  # from here on a watcher misses what other connections say
+MAX_READ_AHEAD = 256  # messages; from here on no more questions are read until some answers are sent
 SEND_BUFFER = 64 * 1024
 """Bytes that the system may hold for a client that does not read; left to itself it takes megabytes, and hides for
 minutes that nobody listens."""
@@ -60,6 +61,8 @@ class Connection:
         self._socket = socket_
         self._server = server
         self._outbox: asyncio.Queue[wire.ServerMessage | Close] = asyncio.Queue(MAX_OUTBOX)
+        self._was_sent = asyncio.Event()
+        self._is_aborted = False
         self._timer: asyncio.TimerHandle | None = None
         sock = socket_.transport.get_extra_info("socket")
         if sock is not None:
@@ -79,7 +82,7 @@ class Connection:
                 task.cancel()
             for outcome in await asyncio.gather(reader, writer, return_exceptions=True):
                 if isinstance(outcome, Exception) and not isinstance(outcome, ConnectionClosed):
-                    logger.error("session=%s failed", self.session.name, exc_info=outcome)
+                    logger.error("session=%s failed", self.session.label, exc_info=outcome)
             self._log_end()
 
     def on_step(self, events: Iterable[Started | Spoken | Ended], forwards: Iterable[wire.Id]) -> None:
@@ -145,6 +148,7 @@ class Connection:
 
     def abort(self) -> None:
         """Drop the socket without a close handshake."""
+        self._is_aborted = True
         self._socket.transport.abort()
 
     async def _read(self) -> None:
@@ -159,23 +163,24 @@ class Connection:
             return
         async for frame in self._socket:
             self._take(frame)
+            while self._outbox.qsize() > MAX_READ_AHEAD:
+                self._was_sent.clear()
+                await self._was_sent.wait()
 
     def _take(self, frame: bytes | str) -> None:
         had_said_hello = self.session.has_said_hello
-        if self._server.recorder is not None:
-            self._record_frame(self._server.recorder, frame)
-        try:
-            self.perform(self.session.receive(frame, time.monotonic()))
-        except Exception:  # a defect that one message met must not end the lines that are being spoken
-            logger.exception("session=%s a message could not be handled", self.session.name)
-            error = InternalError("The message could not be handled.", "The daemon's log has the details.")
-            self.perform(self.session.fail(None, error))
+        effects = self.session.receive(frame, time.monotonic())
+        if self._server.recorder is not None and self.session.has_said_hello:
+            self._record_frame(self._server.recorder, frame)  # before what is answered
+        self.perform(effects)
         if self.session.has_said_hello and not had_said_hello:
             session = self.session
             self._was_let_in = True
             self._server.gate.leave(self._socket.transport)
             self._server.metrics.connection_opened(session.subprotocol)
-            logger.info("opened session=%s client=%r subprotocol=%s", session.name, session.client, session.subprotocol)
+            logger.info(
+                "opened session=%s client=%r subprotocol=%s", session.label, session.client, session.subprotocol
+            )
 
     def _record_frame(self, recorder: Recorder, frame: bytes | str) -> None:
         with suppress(WireError):  # what is no message is answered, and is of no use to a replay
@@ -193,18 +198,21 @@ class Connection:
                 async with asyncio.timeout(SEND_TIMEOUT_S):
                     await self._socket.send(codec.encode(message, self.session.subprotocol))
                 self._outbox.task_done()
+                self._was_sent.set()
                 self._update()
         except TimeoutError:
-            logger.warning("session=%s did not read for %.0f s; dropped", self.session.name, SEND_TIMEOUT_S)
+            logger.warning("session=%s did not read for %.0f s; dropped", self.session.label, SEND_TIMEOUT_S)
             self.abort()
         except ConnectionClosed:
             return
 
     def _enqueue(self, message: wire.ServerMessage | Close) -> None:
+        if self._is_aborted:
+            return
         try:
             self._outbox.put_nowait(message)
         except asyncio.QueueFull:
-            logger.warning("session=%s reads too slowly; dropped", self.session.name)
+            logger.warning("session=%s reads too slowly; dropped", self.session.label)
             self.abort()
             return
         if isinstance(message, Close):
@@ -235,4 +243,4 @@ class Connection:
         metrics = self._server.metrics
         (metrics.connection_closed if self._was_let_in else metrics.connection_refused)(self._socket.close_code)
         seconds = time.monotonic() - self.opened_at
-        logger.info("closed session=%s code=%s seconds=%.1f", self.session.name, self._socket.close_code, seconds)
+        logger.info("closed session=%s code=%s seconds=%.1f", self.session.label, self._socket.close_code, seconds)

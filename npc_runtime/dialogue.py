@@ -83,8 +83,8 @@ class Dialogue:
         elif self._congested_at is None:
             self._congested_at = now
 
-    def generate(self, message: wire.Generate, now: float) -> list[Effect]:
-        """Accept a batch, line by line."""
+    def generate(self, message: wire.Generate, now: float, *, num_others: int) -> list[Effect]:
+        """Accept a batch, line by line, as far as there is room beside `num_others`."""
         if message.mode == "turns":
             raise UnsupportedError("mode 'turns' is not served yet.", "Use 'independent'.")
         if message.batch in self._batches:
@@ -93,7 +93,7 @@ class Dialogue:
         items, jobs = [], []
         for document in message.lines:
             try:
-                line = self._take(document, message.batch, now)
+                line = self._take(document, message.batch, now, num_others)
             except Exception as error:  # besides our own, whatever a base's chat template raises
                 batch.num_failed += 1
                 items.append(_rejected(document, as_wire(error, self._name)))
@@ -190,19 +190,19 @@ class Dialogue:
         self._turns.clear()
         return personas
 
-    def check_room(self, num_others: int = 0) -> None:
+    def check_room(self, num_others: int) -> None:
         """Raise `OverloadError` if nothing more can be taken; `num_others` count beside the lines."""
         if self._refusal is not None:
             raise type(self._refusal)(self._refusal.message, self._refusal.hint)
         if len(self._lines) + num_others >= wire.LIMITS["lines"]:
             raise OverloadError(f"{wire.LIMITS['lines']} lines are running on this connection.", "Wait for some.")
 
-    def _take(self, document: Any, batch: wire.Id, now: float) -> Line:
+    def _take(self, document: Any, batch: wire.Id, now: float, num_others: int) -> Line:
         request = codec.parse_line(document)
         if request.line in self._lines:
             raise InvalidError(f"line {request.line!r} is still running.", "Give every line its own id.")
-        self.check_room()
-        line = prepare_line(request, batch, now, stage=self._stage, cast=self._cast)
+        self.check_room(num_others)
+        line = prepare_line(request, batch, now, stage=self._stage, cast=self._cast, turns=self._turns)
         self._turns.join(line)
         return line
 

@@ -27,6 +27,11 @@ class History:
         """All turns, oldest first."""
         return tuple(self._messages)
 
+    @property
+    def num_chars(self) -> int:
+        """Code points of all turns."""
+        return sum(len(turn["content"]) for turn in self._messages)
+
     def __len__(self) -> int:
         return len(self._messages)
 
@@ -54,14 +59,16 @@ class History:
         return gone
 
     def _trim(self) -> None:
-        """Forget the oldest turns, a quarter at once: a prompt that begins differently finds nothing cached."""
-        if self._is_within(1.0):
-            return
-        while self._messages and not self._is_within(0.75):
-            del self._messages[0]
-        while self._messages and self._messages[0]["role"] != "user":
-            del self._messages[0]
+        """Forget the oldest turns, a quarter at once: a prompt that begins differently finds nothing cached.
 
-    def _is_within(self, share: float) -> bool:
-        num_chars = sum(len(turn["content"]) for turn in self._messages)
-        return len(self._messages) <= share * MAX_HISTORY_MESSAGES and num_chars <= share * MAX_HISTORY_CHARS
+        What is left begins with a turn of the player, if there is one.
+        """
+        num_left, num_chars = len(self._messages), self.num_chars
+        if num_left <= MAX_HISTORY_MESSAGES and num_chars <= MAX_HISTORY_CHARS:
+            return
+        at = 0
+        while num_left > 0.75 * MAX_HISTORY_MESSAGES or num_chars > 0.75 * MAX_HISTORY_CHARS:
+            num_chars -= len(self._messages[at]["content"])
+            num_left, at = num_left - 1, at + 1
+        players = (index for index in range(at, len(self._messages)) if self._messages[index]["role"] == "user")
+        del self._messages[: next(players, at)]

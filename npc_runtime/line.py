@@ -51,7 +51,7 @@ class Job:
     asked: tuple[str, str] | None = None  # the persona, and the player's words: what a replay finds the line by
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Line:
     """A live line of a session."""
 

@@ -4,6 +4,7 @@ A persona is a folder `personas/<id>/` with `persona.yaml` in it. This module kn
 nothing of tokens, models or sockets.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -50,11 +51,14 @@ __all__ = [
     "Persona",
     "Reading",
     "find_problems",
+    "is_text",
     "read_bytes",
     "read_fields",
     "read_file",
     "shipped_personas",
 ]
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 FILE_NAME = "persona.yaml"
@@ -286,6 +290,9 @@ class Library:
             raise StartupError(f"--personas {folder}: there is no such folder.", "Name a folder of persona folders.")
         personas, problems = {}, {}
         for path in sorted(path for path in folder.iterdir() if os.path.lexists(path / FILE_NAME)):
+            if not is_text(path.name):  # of an archive in another encoding: it can be neither sent nor asked for
+                logger.warning("%r is no name for a persona's folder", path.name)
+                continue
             try:
                 personas[path.name] = Persona.load(path)
             except WireError as error:
@@ -405,3 +412,12 @@ def shipped_personas() -> Path:
     """The folder of the personas that come with the program."""
     installed = Path(__file__).parent / "personas"
     return installed if installed.is_dir() else Path(__file__).parent.parent / "personas"
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name is one: on Linux it may be bytes that are no UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

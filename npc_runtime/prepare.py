@@ -11,11 +11,14 @@ from npc_runtime.line import Job, Line, line_prompt, resolve_sampling
 from npc_runtime.persona import Library, Persona
 from npc_runtime.prompt import fit_prompt
 from npc_runtime.stage import Stage
+from npc_runtime.turns import Turns
 
 __all__ = ["prepare_line", "write_prompt"]
 
 
-def prepare_line(request: wire.LineRequest, batch: wire.Id, now: float, *, stage: Stage, cast: Cast) -> Line:
+def prepare_line(
+    request: wire.LineRequest, batch: wire.Id, now: float, *, stage: Stage, cast: Cast, turns: Turns
+) -> Line:
     """Resolve everything that a line leaves to its persona or npc. Raises `WireError` if it cannot be spoken, and
     whatever a base's chat template raises.
     """
@@ -33,21 +36,25 @@ def prepare_line(request: wire.LineRequest, batch: wire.Id, now: float, *, stage
     )
     epoch = npc.history.epoch if npc is not None else 0
     line = Line(request=request, batch=batch, job=job, persona=persona, npc=npc, epoch=epoch)
-    write_prompt(line, stage)
+    is_held = npc is not None and bool(turns.of(npc.id))
+    write_prompt(line, stage, with_history=not is_held)  # of one that is held, whether it fits at all
     return line
 
 
-def write_prompt(line: Line, stage: Stage) -> None:
+def write_prompt(line: Line, stage: Stage, *, with_history: bool = True) -> None:
     """Make the line's prompt, its npc's history being what it is now. Raises as `prepare_line`."""
     npc, max_tokens = line.npc, line.job.sampling.max_tokens or 0
     context = stage.info.base.context
     prompt = line_prompt(
         line.request,
         line.persona,
-        earlier=npc.history.messages if npc is not None else (),
+        earlier=npc.history.messages if npc is not None and with_history else (),
         facts=npc.vars if npc is not None else {},
     )
-    fitted = fit_prompt(prompt, stage.render, context - max_tokens)
+    expected = npc.num_dropped if npc is not None else 0
+    fitted = fit_prompt(prompt, stage.render, context - max_tokens, expected=expected)
+    if npc is not None and with_history:
+        npc.num_dropped = fitted.num_dropped
     prompt_ids = fitted.token_ids
     if not prompt_ids:
         raise InvalidError("The base's tokenizer makes nothing of this text.", "Send other words.")

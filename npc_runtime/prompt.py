@@ -9,6 +9,7 @@ first and the persona never.
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,6 +22,9 @@ __all__ = ["Context", "Fitted", "Message", "Prompt", "build_prompt", "count_part
 CLOSING = "Reply in character, in one or two sentences."
 DROP_STEP = 4
 """Earlier turns go by so many exchanges: a cut makes the cached prefix useless, so it is made every fourth turn."""
+CHARS_PER_TOKEN = 4
+"""About as many as in English; where it is less, a guess is corrected."""
+
 MIN_KEPT = 4
 """Messages that are left when more go than must."""
 
@@ -145,28 +149,45 @@ def build_prompt(
     )
 
 
-def fit_prompt(prompt: Prompt, render: Callable[[Sequence[Message]], tuple[int, ...]], max_tokens: int) -> Fitted:
+def fit_prompt(
+    prompt: Prompt, render: Callable[[Sequence[Message]], tuple[int, ...]], max_tokens: int, *, expected: int = 0
+) -> Fitted:
     """Leave out the oldest turns, then the least important knowledge, until `max_tokens` hold the prompt.
 
-    What is left of the history begins with a turn of the player. If nothing more can go the result is still too long;
-    the caller compares.
+    What is left of the history begins with a turn of the player. `expected` is how many messages will probably go; a
+    good guess saves time and changes nothing. If nothing more can go the result is still too long; the caller compares.
     """
-    token_ids = render(prompt.messages)
-    if len(token_ids) <= max_tokens:
-        return Fitted(prompt, token_ids, 0, ())
-    history, knowledge = prompt.history, prompt.knowledge
-    cuts = [at for at, turn in enumerate(history) if at and turn["role"] == "user"] + [len(history)] * bool(history)
-    shorter: list[Prompt] = [replace(prompt, history=history[cut:]) for cut in cuts]
-    bare = shorter[-1] if shorter else prompt
-    shorter += [replace(bare, knowledge=knowledge[:size]) for size in reversed(range(len(knowledge)))]
-    if not shorter:
-        return Fitted(prompt, token_ids, 0, ())
-    first = _first_fitting(shorter, lambda candidate: len(render(candidate.messages)) <= max_tokens)
-    if first < len(cuts):
-        first = _stable_cut(cuts, first)
-    kept = shorter[first]
-    num_dropped = len(history) - len(kept.history)
-    return Fitted(kept, render(kept.messages), num_dropped, knowledge[len(kept.knowledge) :])
+    cuts = [at for at, turn in enumerate(prompt.history) if at == 0 or turn["role"] == "user"]
+    stable = [at for at in cuts if at == 0 or (at // 2 % DROP_STEP == 0 and at <= len(prompt.history) - MIN_KEPT)]
+    stable = stable or [0]
+    candidates = [_Candidate(replace(prompt, history=prompt.history[at:]), render) for at in stable]
+    start = sum(at < (expected or _guess_dropped(prompt, max_tokens)) for at in stable)
+    first = _first_fitting(candidates, max_tokens, start)
+    if first == len(candidates):  # each cut costs what was cached of the prompt, but there is no better one
+        rest = [at for at in (*cuts, len(prompt.history)) if at > stable[-1]]
+        bare = replace(prompt, history=())
+        candidates = [_Candidate(replace(prompt, history=prompt.history[at:]), render) for at in rest]
+        sizes = reversed(range(len(prompt.knowledge)))
+        candidates += [_Candidate(replace(bare, knowledge=prompt.knowledge[:size]), render) for size in sizes]
+        candidates = candidates or [_Candidate(prompt, render)]
+        first = min(_first_fitting(candidates, max_tokens, 0), len(candidates) - 1)
+    kept = candidates[first]
+    num_dropped = len(prompt.history) - len(kept.prompt.history)
+    return Fitted(kept.prompt, kept.token_ids, num_dropped, prompt.knowledge[len(kept.prompt.knowledge) :])
+
+
+class _Candidate:
+    """A prompt that may be short enough; rendered when somebody asks."""
+
+    def __init__(self, prompt: Prompt, render: Callable[[Sequence[Message]], tuple[int, ...]]) -> None:
+        self.prompt = prompt
+        self._render = render
+        self.num_chars = sum(len(turn["content"]) for turn in prompt.history) + 1
+
+    @cached_property
+    def token_ids(self) -> tuple[int, ...]:
+        """What the model would read."""
+        return self._render(self.prompt.messages)
 
 
 def count_parts(prompt: Prompt, count: Callable[[Sequence[Message]], int]) -> dict[str, int]:
@@ -184,24 +205,31 @@ def count_parts(prompt: Prompt, count: Callable[[Sequence[Message]], int]) -> di
     return {**parts, "template": total - sum(parts.values())}
 
 
-def _first_fitting(candidates: Sequence[Prompt], fits: Callable[[Prompt], bool]) -> int:
-    """The first candidate that fits, each being shorter than the one before it; else the last."""
-    low, high = 0, len(candidates) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if fits(candidates[middle]):
-            high = middle
-        else:
-            low = middle + 1
-    return low
+def _guess_dropped(prompt: Prompt, max_tokens: int) -> int:
+    """How many of the oldest messages must go, by the length of their texts alone."""
+    left = max_tokens * CHARS_PER_TOKEN
+    for number, turn in enumerate(reversed(prompt.history)):
+        left -= len(turn["content"])
+        if left < 0:
+            return len(prompt.history) - number
+    return 0
 
 
-def _stable_cut(cuts: Sequence[int], needed: int) -> int:
-    """A later cut, the same for the next turns too; `needed` where that would leave too little."""
-    for index in range(needed, len(cuts)):
-        if cuts[index] // 2 % DROP_STEP == 0 and cuts[index] <= cuts[-1] - MIN_KEPT:
-            return index
-    return needed
+def _first_fitting(candidates: Sequence[_Candidate], max_tokens: int, start: int) -> int:
+    """The first that fits, each being shorter than the one before it; their number if none does.
+
+    Looks at `start`, then where the text would be as long as fits if all of it had as many tokens; from the fifth look
+    on in the middle.
+    """
+    low, high, at, num_looks = -1, len(candidates), start, 0
+    while high - low > 1:
+        at = min(max(at, low + 1), high - 1)
+        num_tokens = len(candidates[at].token_ids)
+        low, high = (low, at) if num_tokens <= max_tokens else (at, high)
+        num_looks += 1
+        room = candidates[at].num_chars * max_tokens / max(num_tokens, 1)
+        at = sum(candidate.num_chars > room for candidate in candidates) if num_looks < 5 else (low + high) // 2
+    return high
 
 
 def _num_within(texts: Sequence[str], max_words: int) -> int:

@@ -11,6 +11,7 @@ One JSON document a line. The first says what it is and what `welcome` said of t
 
 import json
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -79,6 +80,8 @@ class Recorder:
         """Keep a message; `sender` is client or daemon."""
         if self._file is None or message.get("type") in NOT_KEPT:
             return
+        if message.get("type") == "hello":
+            message = {name: value for name, value in message.items() if name in ("type", "id", "protocol", "client")}
         if not SECRETS.isdisjoint(message):
             message = {name: value for name, value in message.items() if name not in SECRETS}
         at = round(self._clock() - self._began_at, 4)
@@ -92,7 +95,10 @@ class Recorder:
 
     def _write(self, document: dict[str, Any]) -> None:
         assert self._file is not None
-        text = json.dumps(document, ensure_ascii=False, separators=(",", ":")) + "\n"
+        try:
+            text = json.dumps(document, ensure_ascii=False, separators=(",", ":")) + "\n"
+        except (TypeError, ValueError, RecursionError):  # fields that nobody knows may have bytes in them
+            return
         if self._secret is not None:
             text = text.replace(self._secret, "[secret]")
         self._num_bytes += len(text.encode(errors="backslashreplace"))
@@ -169,7 +175,7 @@ class Recording:
         for number, document in enumerate(documents[1:], 2):
             try:
                 reader.take(document)
-            except (ValidationError, KeyError, TypeError, ValueError) as error:
+            except (ValidationError, KeyError, TypeError, ValueError, OverflowError) as error:
                 raise _wrong(path, number) from error
         return cls(info, reader.takes)
 
@@ -191,23 +197,28 @@ class _Reader:
     def take(self, document: dict[str, Any]) -> None:
         """Read one message."""
         connection, at, message = int(document["connection"]), float(document["at"]), document["message"]
-        kind = message["type"]
-        if document["from"] == "client":
-            if kind == "generate":
-                self._offered[connection, message["batch"]] = at, list(message["lines"])
-            elif kind == "npc.open":
-                self._personas[connection, message["npc"]] = message["persona"]
-        elif kind == "accepted":
-            self._on_accepted(connection, message)
-        elif kind == "line.start":
-            self._on_start(connection, at, message)
-        elif kind == "delta":
-            for item in message["items"]:
-                take = self._takes.get((connection, item["line"]))
-                if take is not None:
-                    take.pieces.append(Piece(at - take.sent_at, str(item["text"])))
-        elif kind == "line.end":
-            self._on_end(connection, at, message)
+        if not math.isfinite(at):
+            raise ValueError("at")
+        if document["from"] == "daemon":
+            self._take_answer(connection, at, message)
+        elif message["type"] == "generate":
+            self._offered[connection, message["batch"]] = at, list(message["lines"])
+        elif message["type"] == "npc.open":
+            self._personas[connection, message["npc"]] = str(message["persona"])
+
+    def _take_answer(self, connection: int, at: float, message: dict[str, Any]) -> None:
+        match message["type"]:
+            case "accepted":
+                self._on_accepted(connection, message)
+            case "line.start":
+                self._on_start(connection, at, message)
+            case "delta":
+                for item in message["items"]:
+                    take = self._takes.get((connection, item["line"]))
+                    if take is not None:
+                        take.pieces.append(Piece(at - take.sent_at, str(item["text"])))
+            case "line.end":
+                self._on_end(connection, at, message)
 
     def _on_accepted(self, connection: int, message: dict[str, Any]) -> None:
         """Every line of the batch was answered, in the order in which they were sent."""
@@ -222,13 +233,15 @@ class _Reader:
     def _on_start(self, connection: int, at: float, message: dict[str, Any]) -> None:
         take = self._takes.get((connection, message["line"]))
         if take is not None:
-            take.started_at, take.persona = at - take.sent_at, message["persona"]
+            take.started_at, take.persona = at - take.sent_at, str(message["persona"])
             take.batch_size = int(message["batch_size"])
 
     def _on_end(self, connection: int, at: float, message: dict[str, Any]) -> None:
         take = self._takes.pop((connection, message["line"]), None)
         if take is not None:
             take.end, take.ended_at = wire.LineEnd.model_validate(message), at - take.sent_at
+            if take.end.reason == "filtered" or take.end.usage.cached > take.end.usage.prompt:
+                raise ValueError("an end that no engine makes")
 
 
 def _read_lines(path: Path, file: TextIO) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 from npc_runtime.errors import PersonaInvalid, WireError
-from npc_runtime.persona import Library, Persona
+from npc_runtime.persona import Library, Persona, is_text
 
 __all__ = ["PersonaWatch"]
 
@@ -139,7 +139,7 @@ class PersonaWatch:
             if folder.parent == self._folder and (folder.name in self._authored or (folder / PERSONA_FILE).exists()):
                 concerned.add(folder.name)
             concerned |= {persona_id for known, persona_id in adapters.items() if known == folder}
-        return concerned
+        return {persona_id for persona_id in concerned if is_text(persona_id)}
 
     def _outside(self) -> list[Path]:
         """Folders of adapters that do not lie below the one that is watched anyway."""

@@ -78,7 +78,6 @@ class ReplayEngine:
             key = request.asked
             assert key is not None
             take = self._recording.find(*key, self._numbers[key])
-            self._numbers[key] += 1
             if take is None:
                 persona, said = key
                 error = InvalidError(
@@ -86,6 +85,7 @@ class ReplayEngine:
                 )
                 self._end(request, Ended(request.id, EndReason.ERROR, error=error))
                 continue
+            self._numbers[key] += 1
             playing = self._lines[request.id] = _Playing(request, take, self._speed)
             self._plan(playing)
 

@@ -12,6 +12,8 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +25,22 @@ from websockets.typing import Subprotocol
 from npc_runtime import protocol as wire
 from npc_runtime.connection import Connection
 from npc_runtime.door import Door
-from npc_runtime.effects import PersonaMessage
+from npc_runtime.effects import Effect, PersonaMessage
 from npc_runtime.engine.core import (
+    AdapterEvicted,
+    AdapterLoaded,
+    Degraded,
     Ended,
     EndReason,
-    EngineStats,
     Event,
     LineEngine,
+    News,
     Request,
     SamplingParams,
     StepOutput,
 )
 from npc_runtime.errors import DeviceFailed, InternalError, OverloadError, WireError
+from npc_runtime.figures import engine_figures
 from npc_runtime.gate import HELLO_TIMEOUT_S, Gate
 from npc_runtime.line import Job
 from npc_runtime.metrics import Metrics
@@ -68,6 +74,7 @@ class NpcServer:
         self._started_at = time.monotonic()
         self._personas = personas
         self._tasks: set[asyncio.Task[None]] = set()
+        self._disk = ThreadPoolExecutor(2, "personas")  # whose slow answers nothing else waits for
         self._engine: LineEngine | None = None
         self._stage: Stage | None = None
         self._server: Server | None = None
@@ -109,8 +116,8 @@ class NpcServer:
         self.metrics.describe(version=info.version, device=info.device, backend=info.backend, base=info.base.name)
         engine.start()
         self._stats = asyncio.create_task(self._send_stats())
-        for connection in self._connections:
-            connection.perform(connection.session.on_loaded(self._stage))
+        stage = self._stage
+        self._tell_all(lambda session: session.on_loaded(stage))
 
     async def close(self, reason: str, *, code: int = wire.CloseCode.RESTART) -> None:
         """Tell every client that the daemon goes, let every line end and its end be sent, and stop the engine.
@@ -119,9 +126,9 @@ class NpcServer:
         """
         assert self._server is not None
         refusal = OverloadError("The daemon is stopping.", "Connect again when it is back.")
+        self._disk.shutdown(wait=False, cancel_futures=True)
         self.broadcast(wire.Event(kind="shutdown", message=reason))
-        for connection in self._connections:
-            connection.perform(connection.session.refuse(refusal, time.monotonic()))
+        self._tell_all(lambda session: session.refuse(refusal, time.monotonic()))
         if self._stats is not None:
             self._stats.cancel()
         if self._engine is not None:
@@ -163,10 +170,11 @@ class NpcServer:
             logger.debug("%s came after the loop was closed", callback)
 
     def _tell_loading(self, label: str, progress: float) -> None:
-        for connection in self._connections:
-            connection.perform(connection.session.on_loading(label, progress))
+        self._tell_all(lambda session: session.on_loading(label, progress))
 
     def _deliver(self, step: StepOutput) -> None:
+        for news in step.news:
+            self.broadcast(_event_of(news))
         events: defaultdict[Connection, list[Event]] = defaultdict(list)
         for event in step.events:
             owner = self._owners.get(event.request_id)
@@ -188,7 +196,7 @@ class NpcServer:
     def submit(self, owner: Connection, jobs: Iterable[Job]) -> None:
         """Give a connection's lines to the engine as one command."""
         assert self._engine is not None
-        requests = [_to_request(job, None if job.batch is None else (owner, job.batch)) for job in jobs]
+        requests = [_to_request(job, owner) for job in jobs]
         self._owners.update((request.id, owner) for request in requests)
         if self._engine.has_died:  # and another process is about to take over
             error = DeviceFailed("The engine has stopped.", "The daemon restarts; send the line again.")
@@ -239,13 +247,20 @@ class NpcServer:
 
     def broadcast(self, event: wire.Event) -> None:
         """Tell every client."""
-        for connection in self._connections:
-            connection.perform(connection.session.on_event(event))
+        self._tell_all(lambda session: session.on_event(event))
 
     def announce(self, persona_id: str) -> None:
         """Tell every client that a persona's files were saved."""
-        for connection in self._connections:
-            connection.perform(connection.session.on_persona_changed(persona_id))
+        self._tell_all(lambda session: session.on_persona_changed(persona_id))
+
+    def _tell_all(self, tell: Callable[[Session], list[Effect]]) -> None:
+        """Have every session say something; a defect that one client met must not cost the others theirs."""
+        for connection in list(self._connections):
+            try:
+                connection.perform(tell(connection.session))
+            except Exception:
+                logger.exception("a connection could not be told")
+                connection.abort()
 
     def watch(self, connection: Connection, on: bool) -> None:
         """Begin, or stop, to let a connection hear what others' lines say."""
@@ -261,13 +276,14 @@ class NpcServer:
         """Close the connection of this session, whose cast another one has resumed."""
         for connection in self._connections:
             if connection.session is session:
+                self._forget(connection)
                 connection.perform(connection.session.supersede(time.monotonic()))
 
     def manage_persona(self, connection: Connection, message: PersonaMessage) -> None:
         """Read or write a persona's file, off the loop, and tell who asked; the session bounds how many."""
 
         async def manage() -> None:
-            outcome = await asyncio.to_thread(_manage, self._personas, message)
+            outcome = await asyncio.get_running_loop().run_in_executor(self._disk, _manage, self._personas, message)
             connection.perform(connection.session.on_managed(message.id, outcome))
 
         task = asyncio.create_task(manage())
@@ -278,17 +294,8 @@ class NpcServer:
         """The fields of `stats`, and the body of `reply` to `status`."""
         assert self._engine is not None
         assert self._stage is not None
-        stats: EngineStats = self._engine.stats()
         return {
-            "active": stats.num_running,
-            "queued": stats.num_waiting,
-            "tokens_per_s": round(stats.tokens_per_s, 1),
-            "tokens": stats.num_tokens,
-            "forwards": stats.num_forwards,
-            "kv_used": stats.kv_blocks_used / stats.kv_blocks_total,
-            "kv_cached": stats.kv_blocks_cached / stats.kv_blocks_total,
-            "preempted": stats.num_preempted,
-            "adapters": list(stats.adapters_resident),
+            **engine_figures(self._engine.stats()),
             "personas": len(self._stage.library),
             "connections": sum(connection.session.has_said_hello for connection in self._connections),
             "uptime_s": round(time.monotonic() - self._started_at, 1),
@@ -297,11 +304,10 @@ class NpcServer:
     async def _send_stats(self) -> None:
         while True:
             await asyncio.sleep(STATS_S)
-            asking = [connection for connection in self._connections if connection.session.wants_stats]
-            if asking:
-                event = wire.Stats(**self.status())
-                for connection in asking:
-                    connection.perform(connection.session.on_stats(event))
+            self._door.casts.expire(time.monotonic())
+            if any(connection.session.wants_stats for connection in self._connections):
+                stats = wire.Stats(**self.status())
+                self._tell_all(partial(Session.on_stats, stats=stats))
 
     # -- sockets --
 
@@ -318,9 +324,12 @@ class NpcServer:
             await connection.run()
         finally:
             self._connections.discard(connection)
-            self._watchers.discard(connection)
-            if self._wishes.pop(connection, None) is not None:
-                self._apply_wishes()
+            self._forget(connection)
+
+    def _forget(self, connection: Connection) -> None:
+        self._watchers.discard(connection)
+        if self._wishes.pop(connection, None) is not None:
+            self._apply_wishes()
 
     def _refusal(self, socket_: ServerConnection) -> tuple[int, str] | None:
         """Why this connection is closed at once. After accepting, since browsers and Mono see no other reason."""
@@ -386,7 +395,7 @@ def _manage(folder: PersonaFolder, message: PersonaMessage) -> dict[str, Any] | 
         return InternalError("The persona's file could not be managed.", "The daemon's log has the details.")
 
 
-def _to_request(job: Job, group: Hashable) -> Request:
+def _to_request(job: Job, owner: Connection) -> Request:
     sampling = job.sampling
     values = sampling.model_dump(exclude={"stop"})
     return Request(
@@ -395,12 +404,23 @@ def _to_request(job: Job, group: Hashable) -> Request:
         sampling=SamplingParams(**values, stop=tuple(sampling.stop or ()), soft_words=job.soft_words),
         arrival=job.arrival,
         adapter=job.adapter,
-        group=group,
+        group=None if job.batch is None else (owner, job.batch),
+        client=owner,
         asked=job.asked,
         priority=job.priority,
         deadline=None if job.deadline_ms is None else job.arrival + job.deadline_ms / 1000,
         is_warmup=job.batch is None,
     )
+
+
+def _event_of(news: News) -> wire.Event:
+    match news:
+        case AdapterLoaded(name):
+            return wire.Event(kind="adapter.loaded", adapter=name)
+        case AdapterEvicted(name):
+            return wire.Event(kind="adapter.evicted", adapter=name)
+        case Degraded(message):
+            return wire.Event(kind="degraded", message=message)
 
 
 def _split_group(group: Hashable) -> tuple[Connection, wire.Id]:

@@ -4,7 +4,9 @@ The server performs the effects in order. What the connection's lines do is the 
 opening, the questions a client may ask, and what it is told unasked.
 """
 
+import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -28,13 +30,15 @@ from npc_runtime.effects import (
     Watch,
 )
 from npc_runtime.engine.core import Ended, Spoken, Started
-from npc_runtime.errors import AuthError, InvalidError, OverloadError, ProtocolError, WireError
+from npc_runtime.errors import AuthError, InternalError, InvalidError, OverloadError, ProtocolError, WireError
 from npc_runtime.line import error_info
 from npc_runtime.prompt import Message
 from npc_runtime.stage import Stage
 from npc_runtime.warmup import Warmup, warmup_job
 
 __all__ = ["Session", "clip_reason"]
+
+logger = logging.getLogger(__name__)
 
 MAX_CLOSE_REASON = 120  # bytes; a close frame has room for 123
 MAX_MANAGED = 8  # questions about persona files that are under way
@@ -44,7 +48,8 @@ class Session:
     """The state of one connection, from `hello` to the end. Until there is a stage, the base is being loaded."""
 
     def __init__(self, *, subprotocol: str, door: Door, stage: Stage | None) -> None:
-        self.name = ""  # which cast it has; the client resumes by it
+        self.name = ""  # which cast it has; the client resumes by it, so it is told to nobody else
+        self.label = "-"  # the same for logs and for those who watch
         self.client = ""
         self.subprotocol = subprotocol
         self._door = door
@@ -99,6 +104,11 @@ class Session:
             if self._state == "opening":
                 return self._close(wire.CloseCode.PROTOCOL, f"{error.message} {error.hint}", now)
             return self.fail(re, error)
+        except Exception:  # a defect that one message met must not end the lines that are being spoken
+            logger.exception("session=%s a message could not be handled", self.label)
+            return self.fail(
+                re, InternalError("The message could not be handled.", "The daemon's log has the details.")
+            )
 
     # -- what the engine says --
 
@@ -160,7 +170,7 @@ class Session:
 
     def on_watched(self, other: "Session", message: wire.LineStart | wire.Delta | wire.LineEnd) -> list[Effect]:
         """A line of another connection did something; this client watches, or the server would not call."""
-        watched = wire.Watched(session=other.name, client=other.client, message=message)
+        watched = wire.Watched(session=other.label, client=other.client, message=message)
         if codec.frame_size(watched, self.subprotocol) > self._want.max_frame:
             return []
         return [Send(watched)]
@@ -222,6 +232,7 @@ class Session:
         self.client = message.client.name
         self._is_owner = self._door.owner_pid is not None and message.owner_pid == self._door.owner_pid
         self.name, self._cast, self._is_resumed, before = self._door.casts.arrive(self, message.resume, now)
+        self.label = hashlib.sha256(self.name.encode()).hexdigest()[:8]
         effects: list[Effect] = [] if before is None else [Supersede(before)]
         self._state = "waiting"
         if self._stage is None:
@@ -230,7 +241,7 @@ class Session:
 
     def _open(self, stage: Stage) -> list[Effect]:
         self._state = "open"
-        self._dialogue = Dialogue(stage, self._cast, name=self.name, subprotocol=self.subprotocol, want=self._want)
+        self._dialogue = Dialogue(stage, self._cast, name=self.label, subprotocol=self.subprotocol, want=self._want)
         return [Send(self._welcome(stage))]
 
     def _welcome(self, stage: Stage) -> wire.Welcome:
@@ -267,7 +278,7 @@ class Session:
             raise OverloadError("The base model is still being loaded.", "Wait for welcome.")
         match message:
             case wire.Generate():
-                return self._dialogue.generate(message, now)
+                return self._dialogue.generate(message, now, num_others=len(self._warming))
             case wire.Cancel():
                 return self._dialogue.cancel(message, now)
             case wire.Warmup():
@@ -334,7 +345,7 @@ class Session:
                 persona = stage.library.find(persona_id)
                 job = warmup_job(persona, stage.render, request_id=stage.new_request_id(), now=now)
             except Exception as error:  # besides our own, whatever a base's chat template raises
-                warmup.reject(persona_id, as_wire(error, self.name))
+                warmup.reject(persona_id, as_wire(error, self.label))
                 continue
             self._warming[job.request_id] = warmup, persona_id
             jobs.append(job)

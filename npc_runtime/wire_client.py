@@ -50,7 +50,9 @@ __all__ = [
 LINGER_S = 120.0
 
 Vars = Annotated[
-    dict[Annotated[str, Field(max_length=64)], bool | int | float | Annotated[str, Field(max_length=1_000)]],
+    dict[
+        Annotated[str, Field(min_length=1, max_length=64)], bool | int | float | Annotated[str, Field(max_length=1_000)]
+    ],
     Field(max_length=LIMITS["vars"]),
 ]
 History = Annotated[list[ChatTurn], Field(max_length=LIMITS["history_messages"])]
@@ -184,7 +186,7 @@ class NpcOpen(Request):
 
 
 class NpcClose(Request):
-    """Forget an NPC and its history; its lines are cancelled."""
+    """Forget an NPC and its history; its lines are cancelled. The body of the `reply` is `npc`."""
 
     type: Literal["npc.close"] = "npc.close"
     npc: NpcId
@@ -218,7 +220,9 @@ class NpcRestore(Request):
 
 
 class PersonaList(Request):
-    """Ask for the personas that can be voiced, and the problems of those that cannot."""
+    """Ask for the personas that can be voiced, and the problems of those that cannot; the body of the `reply` is
+    `personas`, a list of `PersonaInfo`.
+    """
 
     type: Literal["persona.list"] = "persona.list"
 
@@ -240,7 +244,7 @@ class PersonaPut(Request):
 
 
 class PersonaValidate(Request):
-    """Ask what is wrong with a document, without saving it."""
+    """Ask what is wrong with a document, without saving it; the body of the `reply` is `ok` and `problems`."""
 
     type: Literal["persona.validate"] = "persona.validate"
     persona: PersonaId | None = None
@@ -264,7 +268,9 @@ class Warmup(Request):
 
 
 class Watch(Request):
-    """Also receive what the lines of other connections say, as `watched`; read-only, and left out if it is too much."""
+    """Also receive what the lines of other connections say, as `watched`; read-only, and left out if it is too much.
+    The body of the `reply` is `on`.
+    """
 
     type: Literal["watch"] = "watch"
     on: bool
@@ -290,7 +296,7 @@ class Status(Request):
 
 
 class Shutdown(Request):
-    """End the daemon; only the process that it was started for may (`hello.owner_pid`)."""
+    """End the daemon; only the process that it was started for may (`hello.owner_pid`). The `reply` is empty."""
 
     type: Literal["shutdown"] = "shutdown"
 

@@ -53,23 +53,24 @@ Rules:
   gets exactly one `batch.end`. A line that is not taken says so in `accepted`.
 - Deltas are whole characters, numbered per line; `line.end.text` replaces them. Errors are never inside a text.
 - Lines of one npc are spoken in the order in which they were sent, each after the one before it; all others together.
-- Fields that are not listed here are ignored; options (the keys of `sampling` and `format`) and enum values that are
-  not listed are refused as `invalid`. Messages and fields that `welcome.caps` does not name are refused as
+- Fields that are not listed here are ignored; options (the keys of `sampling`, `format` and `config`) and enum values
+  that are not listed are refused as `invalid`. Messages and fields that `welcome.caps` does not name are refused as
   `unsupported`. Clients look at `caps`, never at versions.
 - A field that is null may be left out; the daemon leaves it out. `line`, `batch` and `id` are the client's: integers
   up to ±(2^53−1), or strings of 1 to 64 characters. `id` comes back as `re`.
-- The daemon sends no frame over 32 KiB, or over what `hello.want.max_frame` allows; a larger `reply` comes in parts. A
-  frame over 1 MiB from a client closes 1009.
+- The daemon sends no frame over 32 KiB, or over what `hello.want.max_frame` allows; a larger `reply` comes in `parts`,
+  one behind the other, `part` from 0. A frame over 1 MiB from a client closes 1009.
 - Who does not read for five seconds loses its lines (`overload`), and after five more its connection. Nobody else
   waits for it.
-- When a connection is lost its lines are cancelled. Its NPCs and their histories wait for `hello.resume`, for
-  `want.linger_s`; of the lines nothing more is said.
+- When a connection is lost (or left by `bye`, or taken over by a `resume`) its lines are cancelled, and nothing more is
+  said of them. Its NPCs and their histories wait for `hello.resume`, for `want.linger_s`.
 - A `hello` that comes while the base is loaded is answered by `event`s `model.loading`, at least one every two seconds,
   then `model.ready`, then `welcome`; or the connection closes 1011 with the reason. `progress` is that of what
   `message` names, and begins anew with the next.
 
 Close codes: 4400 protocol, 4401 token, 4403 origin, 4408 no hello, 4429 too many connections, 1009 frame over
-1 MiB, 1011 the base could not be loaded, 1012 the daemon stops or restarts.
+1 MiB, 1011 the daemon could not start, 1012 it stops or restarts; 1000 after `bye`, or where another connection has
+resumed the session: do not connect again by yourself then.
 """
 
 
@@ -139,6 +140,8 @@ def describe(model: type[BaseModel]) -> str:
 
 def show_type(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
+    if origin is dict:
+        return "map"
     if annotation == int | str or {int, str} <= set(args):
         return "id"
     if origin is Annotated:

@@ -82,6 +82,9 @@ GOOD = {"npc": 1, "persona": "brom", "vars": {}, "messages": []}
                 {"vars": []},
                 {"vars": {"a": None}},
                 {"vars": {"a": [1]}},
+                {"vars": {"a": float("nan")}},
+                {"vars": {"a": float("inf")}},
+                {"vars": {"": 1}},
                 {"vars": {str(n): n for n in range(65)}},
                 {"messages": {}},
                 {"messages": [["user"]]},
@@ -161,6 +164,16 @@ def test_an_empty_cast_is_not_kept_and_those_that_wait_are_bounded():
     assert len(room) == 64
     assert room.arrive("A", "200", 201.0).is_resumed
     assert not room.arrive("A", "2", 201.0).is_resumed
+
+
+def test_what_waits_is_bounded_by_its_size_too(monkeypatch):
+    monkeypatch.setattr("npc_runtime.cast.MAX_WAITING_CHARS", 100)
+    room = make_room()
+    for number in range(3):
+        arrival = room.arrive(number, None, 0.0)
+        arrival.cast.open("smith", "brom", {}, [{"role": "user", "content": "x" * 40}])
+        room.leave(arrival.name, number, float(number), 1e6)
+    assert [room.arrive("A", name, 9.0).is_resumed for name in "123"] == [False, True, True]
 
 
 def test_names_cannot_be_guessed():

@@ -11,6 +11,7 @@ from game import Game, deltas, line, play
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
+from npc_runtime.persona import shipped_personas
 from npc_runtime.protocol import CAPS
 from npc_runtime.wire_client import Config
 
@@ -28,7 +29,8 @@ async def settle(game):
     """All messages up to the answer of a question: what comes later would be too late."""
     await game.send(type="status", id="settled")
     messages = await game.until("reply")
-    assert messages[-1]["re"] == "settled"
+    while messages[-1]["re"] != "settled":
+        messages += await game.until("reply")
     return messages
 
 
@@ -115,7 +117,7 @@ async def test_r2_what_is_not_taken_is_said_and_nothing_degrades_silently(daemon
 async def test_r3_deltas_are_whole_characters_and_the_end_has_the_text(daemon, subprotocol):
     async with play(daemon, subprotocol, want={"tick_ms": 0}) as game:
         texts = ["Þú! “Naïve” 你好 🜁", "Say 水 and 🙂 please.", "Hello."]
-        sampling = {"temperature": 1.5, "max_tokens": 40}
+        sampling = {"temperature": 1.5, "max_tokens": 40, "seed": 1}
         await game.send(
             type="generate", batch=1, lines=[line(n, text=t, sampling=sampling) for n, t in enumerate(texts)]
         )
@@ -179,11 +181,11 @@ async def test_r6_a_slow_reader_loses_its_lines_and_nobody_waits_for_it(daemon, 
         await slow.send(type="hello", protocol=1, token=daemon.token)
         assert (await slow.receive())["type"] == "welcome"
         await open_npc(slow, "n", history=turns)
-        for number in range(40):
-            await slow.send(type="npc.history", id=number, npc="n", op="get")
         await slow.send(
             type="generate", batch="slow", lines=[line(1, sampling={**LONG, "max_tokens": 1_000, "min_tokens": 1_000})]
         )
+        for number in range(40):
+            await slow.send(type="npc.history", id=number, npc="n", op="get")
         started = time.monotonic()
         while time.monotonic() - started < 7_000 * MS:
             await quick.send(type="generate", batch=1, lines=[line(1, sampling={**SOME, "max_tokens": 4})])
@@ -192,7 +194,7 @@ async def test_r6_a_slow_reader_loses_its_lines_and_nobody_waits_for_it(daemon, 
         messages = await slow.until("batch.end")
     end = ends_of(messages)[1]
     assert (end["reason"], end["error"]["code"], end["error"]["retryable"]) == ("overload", "overload", True)
-    assert [m["kind"] for m in messages if m["type"] == "event"] == ["overload"]
+    assert [m["kind"] for m in messages if m["type"] == "event" and "adapter" not in m] == ["overload"]
     assert [m["type"] for m in messages].count("line.end") == 1
 
 
@@ -255,10 +257,8 @@ async def test_r9_what_caps_list_is_served(daemon, subprotocol):
         types = [cap for cap in CAPS if cap not in FEATURES]
         for number, kind in enumerate(types):
             await game.send(type=kind, id=number)
-            answer = await game.receive()
-            assert answer.get("code") != "unsupported", kind
-    async with play(daemon, subprotocol, protocol=1) as game:
-        pass
+            answers = [m for m in await settle(game) if m.get("re") == number]
+            assert [m.get("code") for m in answers] not in (["unsupported"], ["internal"]), kind
 
 
 FEATURES = {"persona.changed", "resume", "draft", "fallback", "trim", "deadline", "context", "stats"}
@@ -328,7 +328,7 @@ async def test_stats_come_once_a_second_to_who_asked(daemon, subprotocol):
         await other.send(type="status", id=1)
         body = (await other.receive())["body"]
     assert 0.8 < second["uptime_s"] - first["uptime_s"] < 3.0
-    assert set(body) <= set(second)
+    assert {name for name, value in body.items() if value is not None} <= set(second)
     assert second["connections"] == 2
     assert second["memory"]["process"] > 100
 
@@ -343,7 +343,8 @@ async def test_a_watcher_hears_what_others_say(daemon, subprotocol):
         heard = []
         while not heard or heard[-1]["type"] != "line.end":
             watched = await editor.receive()
-            assert (watched["type"], watched["session"]) == ("watched", game.welcome["session"])
+            assert (watched["type"], len(watched["session"])) == ("watched", 8)
+            assert game.welcome["session"] not in str(watched), "who knows it can resume it"
             heard.append(watched["message"])
         assert heard[-1] == said
         assert deltas(heard, 7).startswith(said["text"])
@@ -356,8 +357,6 @@ async def test_a_watcher_hears_what_others_say(daemon, subprotocol):
 
 @both
 async def test_a_snapshot_restores_in_another_process_to_the_same_prompt(daemon, make_daemon, subprotocol):
-    from npc_runtime.persona import shipped_personas
-
     other = make_daemon("--personas", str(shipped_personas()), "--dtype", "float32")
     asked = npc_line("last", "n", "And?", sampling=SOME)
     async with play(daemon, subprotocol) as game, play(other, subprotocol) as later:
@@ -375,3 +374,58 @@ async def test_a_snapshot_restores_in_another_process_to_the_same_prompt(daemon,
         ends = [ends_of(await each.until("batch.end"))["last"] for each in (game, later)]
     assert ends[0]["prompt_hash"] == ends[1]["prompt_hash"]
     assert ends[0]["text"] == ends[1]["text"]
+
+
+@both
+async def test_adapters_that_come_and_go_are_told(make_daemon, subprotocol):
+    """Four adapters, room for fewer."""
+    daemon = make_daemon("--personas", str(shipped_personas()), "--adapter-memory", "24")
+    async with play(daemon, subprotocol) as game:
+        for persona in ("odo", "brom", "vaskar", "thalindra"):
+            await game.send(type="warmup", id=persona, personas=[persona])
+            await game.until("reply")
+        await game.send(
+            type="generate", batch=1, lines=[line(n, p, sampling=SOME) for n, p in enumerate(["odo", "brom"])]
+        )
+        messages = [*await game.until("batch.end"), *await settle(game)]
+        async with play(daemon, subprotocol) as late:
+            await late.send(type="warmup", id=1, personas=["odo", "brom", "vaskar", "thalindra"])
+            told = await late.until("reply")
+        told += messages
+    kinds = {(message["kind"], message["adapter"]) for message in told if message["type"] == "event"}
+    assert {kind for kind, _ in kinds} == {"adapter.loaded", "adapter.evicted"}
+    assert {adapter for _, adapter in kinds} <= {"odo", "brom", "vaskar", "thalindra"}
+
+
+@both
+async def test_a_persona_is_written_tried_saved_and_spoken(make_daemon, make_persona, tmp_path, subprotocol):
+    """As an editor does it: a draft, what is wrong with it, the file, the reload, the trash."""
+    make_persona("guard")
+    daemon = make_daemon("--personas", str(tmp_path / "personas"))
+    doc = {"schema": 1, "id": "cook", "display_name": "Cook", "bio": "A cook who is proud of one soup."}
+    async with play(daemon, subprotocol) as game:
+
+        async def ask(kind, **fields):
+            await game.send(type=kind, id=1, **fields)
+            messages = await game.until("reply")
+            return messages[-1]["body"]
+
+        draft = {"line": 1, "draft": doc, "input": {"text": "What is for dinner?"}, "sampling": SOME}
+        await game.send(type="generate", batch=1, lines=[draft, {**draft, "line": 2, "draft": {**doc, "bio": 7}}])
+        messages = await game.until("batch.end")
+        assert [item.get("code") for item in messages[0]["items"]] == [None, "persona_invalid"]
+        assert ends_of(messages)[1]["text"]
+        assert (await ask("persona.validate", doc={**doc, "mood": 7}))["ok"] is False
+        etag = (await ask("persona.put", persona="cook", doc=doc))["etag"]
+        while not any(m["type"] == "event" and m["persona"]["id"] == "cook" for m in messages):
+            messages.append(await game.receive())
+        assert (await ask("persona.get", persona="cook"))["doc"] == doc
+        await game.send(type="persona.put", id=2, persona="cook", doc=doc, etag="of another file")
+        assert (await game.until("error"))[-1]["code"] == "invalid"
+        await game.send(type="generate", batch=2, lines=[line(1, "cook", "Hello.", sampling=SOME)])
+        assert (await game.until("batch.end"))[-1]["ok"] == 1
+        assert len(etag) >= 8
+        await ask("persona.delete", persona="cook")
+        assert not (tmp_path / "personas" / "cook").exists()
+        await game.send(type="persona.get", id=3, persona="../guard")
+        assert (await game.until("error"))[-1]["code"] in ("invalid", "persona_unknown")

@@ -134,6 +134,8 @@ def test_processors():
     few = list(check_cpu(Cpu("a", "AVX512", True, 8, 1, {"OMP_NUM_THREADS": "1"}), is_used=True))
     assert levels(few) == ["ok", "slow"]
     assert few[1].remedy == "Unset OMP_NUM_THREADS."
+    assert levels(check_cpu(Cpu("a", "AVX512", True, 2, 1), is_used=True)) == ["ok", "slow"]
+    assert levels(check_cpu(Cpu("a", "AVX512", True, 2, 2), is_used=True)) == ["ok"]
     assert Cpu.look().num_threads >= 1
 
 
@@ -241,6 +243,10 @@ def test_the_daemon_that_runs(endpoint, health, level, words):
     assert found.level == level
     assert words in found.text
     assert (level == "ok") == (not found.remedy)
+
+
+def test_a_daemon_that_is_starting_is_known_by_its_lock():
+    assert only(check_daemon(None, None, 99)).text == "process 99 is starting for this project"
 
 
 def test_a_port_that_is_taken_is_told():

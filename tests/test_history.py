@@ -1,5 +1,7 @@
 """What an NPC remembers."""
 
+import time
+
 import pytest
 
 from npc_runtime.history import MAX_HISTORY_CHARS, MAX_HISTORY_MESSAGES, History
@@ -56,5 +58,19 @@ def test_it_is_bounded_and_forgets_the_oldest_first_many_at_once(num, size):
     assert 2 <= len(firsts) < num // 20, "a prompt that begins otherwise every turn finds nothing cached"
 
 
+def test_a_history_without_the_player_keeps_its_newest_turns():
+    replies = [{"role": "assistant", "content": f"{n}"} for n in range(MAX_HISTORY_MESSAGES + 1)]
+    history = History(replies)
+    assert history.messages[-1] == replies[-1]
+    assert len(history) == 0.75 * MAX_HISTORY_MESSAGES
+
+
+def test_forgetting_takes_no_time():
+    started = time.monotonic()
+    History(turns(*("x" for _ in range(100_000))))
+    assert time.monotonic() - started < 1.0
+
+
 def test_one_turn_that_is_too_large_is_forgotten_too():
-    assert History(turns("x" * (MAX_HISTORY_CHARS + 1), "y")).messages == ()
+    [left] = History(turns("x" * (MAX_HISTORY_CHARS + 1), "y")).messages
+    assert left["content"] == "y"

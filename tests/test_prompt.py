@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 from families import FAMILIES, make_base, speak
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from npc_runtime.engine.tokenizer import ChatTokenizer
 from npc_runtime.persona import Persona, shipped_personas
@@ -203,11 +205,30 @@ def test_knowledge_goes_after_history_and_the_least_important_first():
     assert fitted.left_out == "Left out of the prompt: the 4 oldest messages and 1 things it knows now."
 
 
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.integers(0, 60), max_size=40), st.integers(0, 900), st.integers(0, 60))
+def test_what_is_expected_changes_nothing(lengths, room, expected):
+    turns = [{"role": ("user", "assistant")[n % 2], "content": "x" * size} for n, size in enumerate(lengths)]
+    knows = [{"id": f"k{n}", "text": "y" * 30, "when": "not no"} for n in range(3)]
+    prompt = guard(knows=knows).prompt(turns, "Hi")
+    fitted = fit_prompt(prompt, render, room)
+    assert fit_prompt(prompt, render, room, expected=expected) == fitted
+    history = fitted.prompt.history
+    assert not history or history[0]["role"] == "user"
+    if len(fitted.token_ids) > room:
+        assert not history
+        assert not fitted.prompt.knowledge
+
+
 def test_fitting_renders_seldom():
     calls = []
     prompt = guard().prompt(talk(200), "Hi")
-    fit_prompt(prompt, lambda messages: calls.append(1) or render(messages), 300)
-    assert len(calls) <= 10
+    fitted = fit_prompt(prompt, lambda messages: calls.append(1) or render(messages), 300)
+    assert len(calls) <= 6
+    calls.clear()
+    expected = fitted.num_dropped
+    again = fit_prompt(prompt, lambda messages: calls.append(1) or render(messages), 300, expected=expected)
+    assert (again.token_ids, len(calls)) == (fitted.token_ids, 2)
     calls.clear()
     fit_prompt(prompt, lambda messages: calls.append(1) or render(messages), 10_000)
     assert len(calls) == 1

@@ -128,6 +128,27 @@ def test_every_end_is_kept(tmp_path, reason):
     assert load(tmp_path, file.text).find("odo", "Hi", 0).end.reason == reason
 
 
+def test_a_line_that_was_rejected_takes_nobodys_place(tmp_path):
+    recorder, file, _ = make_recorder()
+    again = {"type": "generate", "batch": 2, "lines": [{"line": 1, "persona": "odo", "input": {"text": "Other"}}]}
+    recorder.add(1, "client", {**again, "batch": 1, "lines": [{**again["lines"][0], "input": {"text": "Hi"}}]})
+    item = {"line": 1, "status": "queued"}
+    recorder.add(1, "daemon", {"type": "accepted", "batch": 1, "items": [item]})
+    recorder.add(1, "client", again)
+    recorder.add(1, "daemon", {"type": "accepted", "batch": 2, "items": [{**item, "status": "rejected"}]})
+    recorder.add(1, "daemon", END.model_dump(mode="json", exclude_none=True))
+    recording = load(tmp_path, file.text)
+    assert recording.find("odo", "Hi", 0) is not None
+    assert recording.find("odo", "Other", 0) is None
+
+
+def test_what_json_cannot_say_is_left_out():
+    recorder, file, _ = make_recorder()
+    recorder.add(1, "client", {"type": "status", "filler": b"bytes"})
+    recorder.add(1, "client", {"type": "bye"})
+    assert len(file.text.splitlines()) == 2
+
+
 def test_no_secret_is_written(tmp_path):
     recorder = Recorder.open(tmp_path / "a", INFO, secret="s3cret")
     recorder.add(1, "client", {"type": "hello", "protocol": 1, "token": "another", "resume": "abcdef"})
@@ -189,6 +210,8 @@ GOOD = json.dumps(
             "line 2",
         ),
         ("[" * 100_000 + "\n", "line 1"),
+        (GOOD + '\n{"at": 1e999, "connection": 1, "from": "client", "message": {"type": "bye"}}\n', "line 2"),
+        (GOOD + '\n{"at": 1, "connection": 1e999, "from": "client", "message": {"type": "bye"}}\n', "line 2"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, text, what):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import MS
 from driving import NUM_ADAPTERS, greedy, make_engine, make_store, speak
+from fake_cuda import FakeCuda, FakeStream
 from test_engine import break_once, lines
 
 import npc_runtime.engine.engine as engine_module
@@ -331,7 +332,7 @@ def test_a_slow_step_and_a_long_sleep_are_no_hang(tiny, monkeypatch):
 def test_closing_does_not_wait_for_a_step_that_hangs(tiny, monkeypatch):
     """Before the watchdog noticed: every line is cancelled, once, and the thread is left behind."""
     case = Hanging(*tiny, monkeypatch)
-    monkeypatch.setattr(case.engine._watchdog._patience, "_limit", 10**6)
+    case.engine._watchdog.stop()
     case.engine.start()
     case.engine.submit([greedy(n, range(3, 12), "a1", max_tokens=400) for n in (1, 2, 3)])
     assert case.hangs.wait(5_000 * MS)
@@ -342,3 +343,22 @@ def test_closing_does_not_wait_for_a_step_that_hangs(tiny, monkeypatch):
     case.engine._thread.join(5_000 * MS)
     assert [event.request_id for event in case.events if isinstance(event, Ended)] == [1, 2, 3]
     assert not case.deaths
+
+
+def test_a_copy_that_never_comes_back_ends_all_lines_too(tiny, tmp_path, monkeypatch):
+    """No step hangs: there is none, the only line waits for its adapter."""
+    base, _ = tiny
+    store = make_store(base.decoder, max_pages=1, max_host_bytes=0)
+    store.add("a0", [(tmp_path / "a0", 1.0)])
+    case = Hanging(base, store, monkeypatch)
+    cuda = FakeCuda(monkeypatch)
+    monkeypatch.setattr(FakeStream, "synchronize", lambda stream: case.release.wait(30))
+    store._device = torch.device("cuda:0")
+    case.engine.start()
+    case.engine.submit([greedy(1, range(3, 12), "a0")])
+    assert case.died.wait(5_000 * MS)
+    case.check([1])
+    assert (case.deaths, cuda.calls) == (["engine watchdog"], ["recorded", "waits for the steps so far"])
+    case.engine.close(50 * MS)
+    case.release.set()
+    store.close(5.0)

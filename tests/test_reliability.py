@@ -243,7 +243,7 @@ async def test_a_daemon_that_is_killed_in_mid_line(busy, make_daemon):
     daemon, folder = busy
     async with await Client.connect(daemon.url, token=daemon.token) as client:
         await client.open_npc("smith", "brom")
-        first = await client.say(None, "Is the sword ready?", npc="smith", sampling={"seed": 4})
+        first = await client.talk("smith", "Is the sword ready?", sampling={"seed": 4})
         state = await client.snapshot("smith")
         batch = await client.generate([{"line": 1, "npc": "smith", "input": {"text": "And?"}, "sampling": LONG}])
         events = aiter(batch)
@@ -259,4 +259,4 @@ async def test_a_daemon_that_is_killed_in_mid_line(busy, make_daemon):
         await client.restore("smith", state)
         turns = [turn.content for turn in await client.history("smith")]
         assert turns == ["Is the sword ready?", first.text]
-        assert (await client.say(None, "And?", npc="smith")).text
+        assert (await client.talk("smith", "And?")).text

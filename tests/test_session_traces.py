@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_session import FALLBACK, Game, make_persona
 
-from npc_runtime.effects import Stop, Submit
+from npc_runtime.effects import Dropped, Stop, Submit
 from npc_runtime.engine.core import Ended, EndReason, Spoken, Started
 
 NPCS = ("n0", "n1")
@@ -58,6 +58,8 @@ class World:
             elif isinstance(effect, Stop):
                 assert set(effect.request_ids) <= self.engine.keys()
                 self.cancelled |= set(effect.request_ids)
+            elif isinstance(effect, Dropped):
+                assert len(effect.personas) == len(self.batch_of)
             else:
                 assert not self.is_gone
                 getattr(self, "on_" + effect.message.type.replace(".", "_"))(effect.message)

@@ -3,7 +3,7 @@
 import pytest
 from test_session import BROM, Game, make_persona, messages_of
 
-from npc_runtime.effects import Stop, Submit
+from npc_runtime.effects import Dropped, Stop, Submit
 from npc_runtime.engine.core import Ended, EndReason
 from npc_runtime.errors import AdapterIncompatible, OverloadError
 
@@ -16,9 +16,7 @@ def render(messages):
 
 
 def play(*personas, **options):
-    game = Game(*(personas or (BROM, ODO)), **options)
-    game.session._render = render
-    return game
+    return Game(*(personas or (BROM, ODO)), **{"render": render, **options})
 
 
 def warm(game, *personas, **fields):
@@ -48,8 +46,7 @@ def test_the_engine_gets_what_is_the_same_whatever_the_player_says():
 
 
 def test_a_base_whose_prompts_have_nothing_in_common_still_gets_a_token():
-    game = Game(ODO)  # renders the player's words alone
-    game.session._render = lambda messages: tuple(map(ord, messages[-1]["content"]))
+    game = play(render=lambda messages: tuple(map(ord, messages[-1]["content"])))
     [job], _ = warm(game, "odo")
     assert len(job.prompt_ids) == 1
 
@@ -109,8 +106,7 @@ def test_a_prompt_that_cannot_be_rendered_is_this_personas_problem_alone():
             raise ValueError("a template that is broken")
         return render(messages)
 
-    game = play()
-    game.session._render = refuse
+    game = play(render=refuse)
     [job], _ = warm(game, "odo", "brom")
     [reply] = end(game, job.request_id)
     assert [item.get("code") for item in reply.body["personas"]] == ["internal", None]
@@ -141,7 +137,8 @@ def test_leaving_cancels_a_warmup_and_nothing_more_is_said():
     game = play()
     jobs, _ = warm(game, "brom", "odo")
     game.generate({"line": 1})
-    [stop] = game.session.disconnect()
+    [stop, dropped] = game.session.disconnect(0.0)
+    assert dropped == Dropped(("brom",))
     assert isinstance(stop, Stop)
     assert set(stop.request_ids) == {*(job.request_id for job in jobs), 3}
     assert [end(game, job.request_id, EndReason.CANCELLED) for job in jobs] == [[], []]

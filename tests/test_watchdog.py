@@ -1,7 +1,10 @@
 """A step that does not come back is noticed, and a machine that sleeps is not taken for one."""
 
+import itertools
+import queue
 import threading
 
+import pytest
 from conftest import MS
 
 from npc_runtime.engine.watchdog import Patience, Watchdog, trace
@@ -20,17 +23,19 @@ def test_every_new_step_and_every_sleep_counts_anew():
 
 
 def test_who_hangs_is_told_of_once():
-    seen = threading.Semaphore(0)
-    dog = Watchdog(lambda: 1, seen.release, limit=2, tick_s=2 * MS)
+    seen = queue.SimpleQueue()
+    numbers = itertools.count()
+    dog = Watchdog({"one": lambda: next(numbers), "other": lambda: 7}, seen.put, limit=2, tick_s=2 * MS)
     dog.start()
-    assert seen.acquire(timeout=5_000 * MS)
-    assert not seen.acquire(timeout=50 * MS)
+    assert seen.get(timeout=5_000 * MS) == "other"
+    with pytest.raises(queue.Empty):
+        seen.get(timeout=50 * MS)
     dog.stop()
 
 
 def test_who_is_stopped_says_nothing():
     told = []
-    dog = Watchdog(lambda: 1, lambda: told.append(1), limit=0, tick_s=10_000 * MS)
+    dog = Watchdog({"one": lambda: 1}, told.append, limit=0, tick_s=10_000 * MS)
     dog.start()
     dog.stop()
     dog._thread.join(5_000 * MS)

@@ -2,8 +2,12 @@
 
 The same functions as `reference.py`. Adapter pages are read where they lie in the pool, row by row, so that nothing
 is regrouped when lines come and go.
+
+What a linear takes may have more rows than the step has tokens (`cut_rows`); those behind the tokens are zeros, and
+nothing but GEMMs looks at them.
 """
 
+import ctypes
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -17,15 +21,16 @@ from npc_kernels.batch import PAGE_RANK, BatchMetadata, Codes, LoraSpan
 from npc_kernels.cpu_attend import CHUNK, attend
 from npc_kernels.cpu_codes import PackedCodes, multiply_bytes, multiply_codes
 from npc_kernels.cpu_draw import draw, draw_rows
-from npc_kernels.cpu_gemm import PackedLinear
+from npc_kernels.cpu_gemm import Cut, PackedLinear, cut_rows, join
 from npc_kernels.cpu_jit import Work, compiled, run
 from npc_kernels.cpu_rows import TILE
 from npc_kernels.cpu_tape import Tape, prepare_tapes
-from npc_kernels.reference import HeadNorms, PlannedRow, Product, attend_row, plan_rows
+from npc_kernels.reference import HeadNorms, PlannedRow, attend_row, plan_rows
 
 __all__ = [
     "Linear",
     "Plan",
+    "Product",
     "Room",
     "begin",
     "draw",
@@ -69,12 +74,23 @@ class Linear:
         wide: bool = False,
     ) -> Tensor:  # (num_tokens, out_features), of x's dtype, or float32 if `wide`
         """`x @ weight.T + bias`."""
+        return join(self.multiply(x, cut_rows(len(x)), tape, wide=wide), len(x), wide=wide)
+
+    def multiply(self, x: Tensor, cut: Cut, tape: Tape | None = None, *, wide: bool = False) -> tuple[Tensor, ...]:
+        """The same part by part, padded; from codes in float32 if `wide`."""
         if self._codes is not None and len(x) <= self._max_rows:
-            return self._codes.multiply(x, tape, wide=wide)
+            return (self._codes.multiply(x, tape, wide=wide),)
         if tape is not None:
             tape.is_whole = False
-        out = self._dense(x)
-        return out.float() if wide else out
+        return self._dense.multiply(x, cut)
+
+
+class Product(NamedTuple):
+    """What a linear made of x, on its way to what finishes it: adapters are still to come."""
+
+    parts: tuple[Tensor, ...]  # rows of out_features, see `Cut`
+    x: Tensor  # (num_tokens or more, in_features)
+    bias: Tensor | None  # (out_features,), in the parts already; DoRA does not scale it
 
 
 def prepare(dtype: torch.dtype, on_progress: Callable[[float], None]) -> None:
@@ -126,6 +142,7 @@ class Plan:
     """A step, described for the compiled kernels: one struct, of which every call changes a few fields.
 
     `exact`: tokens are never computed together, so that a row's numbers do not depend on how it is cut into chunks.
+    `cut`: how GEMMs take the step's tokens.
     """
 
     def __init__(
@@ -135,12 +152,15 @@ class Plan:
         sin: Tensor,
         previous: "Plan | None" = None,
         *,
+        cut: Cut,
         exact: bool = False,
         room: Room | None = None,
     ) -> None:
         self.work = Work()
+        self.cut = cut
         self.tape: Tape | None = None  # while the step is recorded
-        self.sampled = None if batch.is_decode else batch.sampled
+        self.num_sampled = len(batch.sampled)
+        self.sampled = None if batch.is_decode else _pad_sampled(batch.sampled)
         self.num_attended = len(batch.positions) if exact else batch.num_decode  # tokens that the kernel attends
         self.rows: tuple[PlannedRow, ...] = () if exact else tuple(plan_rows(batch, first=batch.num_decode))
         # A recording keeps the addresses of its scratch, which must not grow with other steps.
@@ -177,17 +197,28 @@ class Plan:
         result = torch.empty(size, dtype=dtype)
         return result if self.tape is None else self.tape.keep(result)
 
+    def empty_rows(self, num_rows: int, *size: int, dtype: torch.dtype) -> Tensor:
+        """The same for rows that a linear takes: those behind the step's tokens are zeros."""
+        result = self.empty(num_rows, *size, dtype=dtype)
+        num_tokens = self.work.num_tokens
+        if num_rows > num_tokens:
+            row_bytes = result.stride(0) * result.element_size()
+            ctypes.memset(result.data_ptr() + num_tokens * row_bytes, 0, (num_rows - num_tokens) * row_bytes)
+        return result
+
     def run(self, kernel: Any, num_items: int, dtype: torch.dtype) -> None:
         """Run a kernel on the plan's struct over so many items."""
         run(kernel, self.work, num_items, dtype, self.tape)
 
     def finish(self, kernel: Any, product: Product, span: LoraSpan, result: Tensor) -> Tensor:
         """Run a kernel that takes what a linear made of x, over all tiles."""
-        out, x = product.out, product.x
-        assert out.is_contiguous()
-        assert x.is_contiguous()
+        parts, x = product.parts, product.x
+        assert all(part.is_contiguous() for part in (*parts, x))
+        outs = (ctypes.c_int64 * len(parts))(*(part.data_ptr() for part in parts))
+        if self.tape is not None:
+            self.tape.keep(outs)
         work = self.work
-        work.out, work.width = out.data_ptr(), out.shape[1]
+        work.outs, work.out_rows, work.width = ctypes.addressof(outs), len(parts[0]), parts[0].shape[1]
         work.x, work.in_features = x.data_ptr(), x.shape[1]
         work.span_start, work.num_slices, work.first_output = span.start, span.num_slices, span.first_output
         work.bias = 0 if product.bias is None else product.bias.data_ptr()
@@ -255,7 +286,7 @@ def room(batch: BatchMetadata) -> Room | None:
 
 def plan(batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: Any = None, *, room: Room | None = None) -> Plan:
     """Prepare a step."""
-    return Plan(batch, cos, sin, previous, room=room)
+    return Plan(batch, cos, sin, previous, cut=cut_rows(len(batch.positions)), room=room)
 
 
 def embed(
@@ -275,9 +306,9 @@ def begin(
     plan: Plan,
     weight: Tensor,  # (size,)
     eps: float,
-) -> Tensor:  # (num_tokens, size), of the weight's dtype
+) -> Tensor:  # (num_padded, size), of the weight's dtype
     """The norm before the first linear."""
-    result = plan.empty(*hidden.shape, dtype=weight.dtype)
+    result = plan.empty_rows(plan.cut.num_padded, hidden.shape[1], dtype=weight.dtype)
     work = plan.work
     work.hidden, work.width = hidden.data_ptr(), hidden.shape[1]
     work.weight, work.eps, work.result = weight.data_ptr(), eps, result.data_ptr()
@@ -286,13 +317,20 @@ def begin(
 
 
 def project(linear: Linear, x: Tensor, plan: Plan, span: LoraSpan) -> Product:
-    """As the twin, the bias included; what finishes the linear knows it for DoRA, which does not scale it."""
-    return Product(linear(x, plan.tape), x, linear.bias)
+    """As the twin, the bias included."""
+    return Product(linear.multiply(x, plan.cut, plan.tape), x, linear.bias)
 
 
 def head(linear: Linear, x: Tensor, plan: Plan) -> Tensor:
     """As the twin."""
-    return linear(x if plan.sampled is None else x[plan.sampled], plan.tape, wide=True)
+    rows = x if plan.sampled is None else x[plan.sampled]
+    return linear(rows, plan.tape, wide=True)[: plan.num_sampled]
+
+
+def _pad_sampled(sampled: Tensor) -> Tensor:
+    """The first token again and again, so that the rows taken by these numbers need no padding."""
+    num_padded = cut_rows(len(sampled)).num_padded
+    return torch.cat([sampled, sampled[:1].expand(num_padded - len(sampled))])
 
 
 def finish_qkv(
@@ -308,7 +346,7 @@ def finish_qkv(
     """As the twin."""
     work = plan.work
     work.num_kv_heads, work.head_dim = k_cache.shape[-2:]
-    work.num_heads = product.out.shape[1] // work.head_dim - 2 * work.num_kv_heads
+    work.num_heads = product.parts[0].shape[1] // work.head_dim - 2 * work.num_kv_heads
     work.keys, work.values = k_cache.data_ptr(), v_cache.data_ptr()
     work.q_norm = 0 if norms.q is None else norms.q.data_ptr()
     work.k_norm = 0 if norms.k is None else norms.k.data_ptr()
@@ -324,7 +362,7 @@ def paged_attention(
     plan: Plan,
 ) -> Tensor:  # (num_tokens, num_heads * head_dim)
     """As the twin: rows with one token by the compiled kernel, prompts by torch."""
-    result = plan.empty(*q.shape, dtype=q.dtype)
+    result = plan.empty_rows(*q.shape, dtype=q.dtype)
     work = plan.work
     work.num_kv_heads, work.head_dim, work.num_heads = *k_cache.shape[-2:], q.shape[1]
     work.x, work.result = q.data_ptr(), result.data_ptr()
@@ -354,7 +392,8 @@ def finish_residual(
     """As the twin."""
     work = plan.work
     work.hidden, work.weight, work.eps = hidden.data_ptr(), weight.data_ptr(), eps
-    return plan.finish(cpu_rows.residual, product, span, plan.empty(*hidden.shape, dtype=weight.dtype))
+    result = plan.empty_rows(len(product.x), hidden.shape[1], dtype=weight.dtype)
+    return plan.finish(cpu_rows.residual, product, span, result)
 
 
 def finish_gate_up(
@@ -363,6 +402,6 @@ def finish_gate_up(
     span: LoraSpan,
 ) -> Tensor:  # (num_tokens, intermediate)
     """As the twin."""
-    out = product.out
-    result = plan.empty(len(out), out.shape[1] // 2, dtype=out.dtype)
+    x = product.x
+    result = plan.empty_rows(len(x), product.parts[0].shape[1] // 2, dtype=x.dtype)
     return plan.finish(cpu_rows.gate_up, product, span, result)

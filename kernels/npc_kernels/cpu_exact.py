@@ -6,8 +6,6 @@ changes its algorithm and with it the order of its sums. So every GEMM here has 
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from npc_kernels.batch import BatchMetadata, Codes
@@ -25,7 +23,7 @@ from npc_kernels.cpu import (
     prepare,
     project,
 )
-from npc_kernels.cpu_gemm import PackedLinear
+from npc_kernels.cpu_gemm import Cut, PackedLinear, join
 from npc_kernels.cpu_tape import Tape
 
 __all__ = [
@@ -64,9 +62,15 @@ class Linear:
         wide: bool = False,
     ) -> Tensor:  # (num_tokens, out_features), of x's dtype, or float32 if `wide`
         """`x @ weight.T + bias`."""
-        padded = F.pad(x, (0, 0, 0, -len(x) % ROWS))
-        out = torch.cat([self._dense(block) for block in torch.split(padded, ROWS)])[: len(x)]
-        return out.float() if wide else out
+        return join(self.multiply(x, _cut_rows(len(x))), len(x), wide=wide)
+
+    def multiply(self, x: Tensor, cut: Cut, tape: Tape | None = None) -> tuple[Tensor, ...]:
+        """The same block by block, padded."""
+        return self._dense.multiply(x, cut)
+
+
+def _cut_rows(num_rows: int) -> Cut:
+    return Cut(ROWS, -(-num_rows // ROWS) * ROWS)
 
 
 def room(batch: BatchMetadata) -> None:
@@ -75,4 +79,4 @@ def room(batch: BatchMetadata) -> None:
 
 def plan(batch: BatchMetadata, cos: Tensor, sin: Tensor, previous: Any = None, *, room: Room | None = None) -> Plan:
     """Prepare a step."""
-    return Plan(batch, cos, sin, previous, exact=True)
+    return Plan(batch, cos, sin, previous, cut=_cut_rows(len(batch.positions)), exact=True)

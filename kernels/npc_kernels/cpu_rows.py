@@ -67,12 +67,16 @@ def _expand_token(out: Any, b: Any, s: Any) -> None:
 
 
 @njit(fastmath=FAST)
+def _widen_row(row: Any, wide_row: Any) -> None:
+    for k in range(row.shape[0]):
+        wide_row[k] = wide(row[k])
+
+
+@njit(fastmath=FAST)
 def _widen(stored: Any, wide_rows: Any, start: Any, stop: Any) -> None:
     """Rows `[start, stop)` to float32."""
     for t in range(start, stop):
-        row, wide_row = stored[t], wide_rows[t]
-        for k in range(row.shape[0]):
-            wide_row[k] = wide(row[k])
+        _widen_row(stored[t], wide_rows[t])
 
 
 @njit(fastmath=FAST)
@@ -129,7 +133,9 @@ def _finish_linear(w: Any, start: Any, stop: Any) -> Any:
     All tokens of a tile wear the same adapter, so the first one's mask speaks for them.
     """
     out = array(w.wide_out, (w.num_tokens, w.width), F32(0))
-    _widen(array(w.out, (w.num_tokens, w.width), w.element), out, start, stop)
+    for t in range(start, stop):
+        part = array(w.outs, (t // w.out_rows + 1,), 0)[t // w.out_rows]
+        _widen_row(array(part, (w.out_rows, w.width), w.element)[t % w.out_rows], out[t])
     mask = array(w.mask, (w.num_tokens, w.num_live), np.uint8(0))
     live = array(w.live, (w.num_live,), 0)
     x = array(w.wide_x, (w.num_tokens, w.in_features), F32(0))

@@ -7,18 +7,19 @@ which the daemon's event loop waits for. A tape is run by one compiled loop, wit
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from llvmlite import ir
 from numba import carray, cfunc, types
 from numba.extending import intrinsic
-from torch import Tensor
 
 from npc_kernels.cpu_jit import Work
 from npc_kernels.openmp import fork_address
 
 __all__ = ["Tape", "prepare_tapes"]
+
+Kept = TypeVar("Kept")
 
 HEADER, CALL = 2, 4
 """Numbers of a tape before its first call (how many there are, who runs a team of threads), and of each call (function,
@@ -39,10 +40,10 @@ class Tape:
         """Record a call of the function at this address."""
         self._calls.append((function, Work.from_buffer_copy(work), num_threads))
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Let a tensor live as long as the tape."""
-        self._kept.append(tensor)
-        return tensor
+    def keep(self, kept: Kept) -> Kept:
+        """Let a tensor, or an array of addresses, live as long as the tape."""
+        self._kept.append(kept)
+        return kept
 
     def close(self) -> None:
         """Make the calls ready to be played; no more are added."""

@@ -32,6 +32,7 @@ from npc_runtime.doctor.project import (
 )
 from npc_runtime.doctor.software import GpuTools, check_gpu_tools, check_packages, check_python, check_torch, needs
 from npc_runtime.engine.embedded import EMBEDDED_BASE, cache_folder
+from npc_runtime.project_lock import holder_of, is_held
 from npc_runtime.running import Target, ask_health
 
 __all__ = ["Subject", "examine_all", "show"]
@@ -98,10 +99,12 @@ def _personas(subject: Subject) -> Iterator[Finding]:
 
 
 def _daemon(subject: Subject) -> Iterator[Finding]:
-    endpoint = read_endpoint(subject.project or project_of(subject.personas))
+    project = subject.project or project_of(subject.personas)
+    endpoint, lock = read_endpoint(project), runtime_file(project).with_suffix(".lock")
     health = ask_health(Target(f"ws://127.0.0.1:{endpoint.port}/v1", None)) if endpoint else None
-    yield from check_daemon(endpoint, health)
-    if health is None or health.state == "gone":
+    holder = holder_of(lock) if is_held(lock) else None
+    yield from check_daemon(endpoint, health, holder)
+    if holder is None and (health is None or health.state == "gone"):
         yield from check_port(subject.port)
 
 

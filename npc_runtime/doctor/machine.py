@@ -87,9 +87,10 @@ def check_cpu(cpu: Cpu, *, is_used: bool) -> Iterator[Finding]:
         yield Finding("cpu", "slow", what, "Nothing is to be installed; AVX-512 BF16 or AMX, or an NVIDIA GPU, has it.")
     else:
         yield Finding("cpu", "ok", about)
-    if cpu.num_threads < cpu.num_cores - 1:
+    wanted = cpu.num_cores - 1 if cpu.num_cores > 4 else cpu.num_cores  # one for the game
+    if cpu.num_threads < wanted:
         chosen = cpu.settings.get("OMP_NUM_THREADS")
-        remedy = "Unset OMP_NUM_THREADS." if chosen else f"serve --threads {cpu.num_cores - 1}"
+        remedy = "Unset OMP_NUM_THREADS." if chosen else f"npc-runtime serve --threads {wanted}"
         yield Finding("cpu", "slow", f"only {cpu.num_threads} of {cpu.num_cores} cores would be used", remedy)
 
 

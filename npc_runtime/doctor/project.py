@@ -110,8 +110,11 @@ def check_personas_of(library: "Library", base: Base | None) -> Iterator[Finding
     yield Finding("personas", "ok", what)
 
 
-def check_daemon(endpoint: Endpoint | None, health: Health | None) -> Iterator[Finding]:
-    """Whether one runs for the project, and answers."""
+def check_daemon(endpoint: Endpoint | None, health: Health | None, loading_pid: int | None = None) -> Iterator[Finding]:
+    """Whether one runs for the project, and answers; `loading_pid` is one that does not say yet where it is."""
+    if endpoint is None and loading_pid is not None:
+        yield Finding("daemon", "ok", f"process {loading_pid} is starting for this project")
+        return
     if endpoint is None or health is None or health.state == "gone":
         yield Finding("daemon", "ok", "none is running for this project")
         return

@@ -127,6 +127,8 @@ class AdapterStore:
         self._wanted: queue.SimpleQueue[_Load | _Replace | _Drop | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[_Load | _Replace] = queue.SimpleQueue()
         self._stream: torch.cuda.Stream | None = None  # the loader's, once it has copied to a GPU
+        self._num_copies = 0
+        self.copy_under_way: int | None = None  # its number, while the loader waits for it
         self._loader: threading.Thread | None = None
         self._closing = False
         self.on_loaded: Callable[[], None] = lambda: None  # called on the loader thread: `collect` has news
@@ -376,8 +378,7 @@ class AdapterStore:
                 if self._stream is not None and after is not None:
                     self._stream.wait_event(after)
                 self._write(version, pages)
-            if self._stream is not None:
-                self._stream.synchronize()
+            self._finish_copy()
         except FilesChanged:  # before anybody said so: then the lines that wait for it get the new files
             name = _name_of(version)
             newer = self._read(_Replace(name, self.host.parts_of(version), lambda problem: None))
@@ -390,6 +391,15 @@ class AdapterStore:
         else:
             logger.info("adapter %s loaded into pages %s", version, pages)
             self._outcomes.put(wanted)
+
+    def _finish_copy(self) -> None:
+        if self._stream is not None:
+            self._num_copies += 1
+            self.copy_under_way = self._num_copies
+            try:
+                self._stream.synchronize()
+            finally:
+                self.copy_under_way = None
 
     def _read(self, wanted: _Replace) -> _Replace:
         """Read new files as a version of their own; what is wrong with them is part of what is returned."""

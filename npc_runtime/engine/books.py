@@ -76,8 +76,7 @@ class Books:
             with self._lock:
                 if self._closed is not None:
                     raise BooksClosed
-                for event in step.events:
-                    self._note(event, now)
+                self._note(step.events, now)
             self._on_step(step)
 
     def close(self, reason: EndReason, error: WireError | None, now: float) -> bool:
@@ -92,15 +91,17 @@ class Books:
                 self._on_step(StepOutput(tuple(line.end(reason, error, now) for line in lines)))
         return True
 
-    def _note(self, event: Event, now: float) -> None:
-        line = self._lines.get(event.request_id)
-        if line is None:
-            return
-        if isinstance(event, Ended):
-            del self._lines[event.request_id]
-        elif isinstance(event, Spoken):
-            line.texts.append(event.text)
-            if line.first_text_ms is None:
-                line.first_text_ms = 1000 * (now - line.request.arrival)
-        else:
-            line.queue_ms = event.queue_ms
+    def _note(self, events: Iterable[Event], now: float) -> None:
+        lines = self._lines
+        for event in events:
+            line = lines.get(event.request_id)
+            if line is None:
+                continue
+            if isinstance(event, Spoken):
+                line.texts.append(event.text)
+                if line.first_text_ms is None:
+                    line.first_text_ms = 1000 * (now - line.request.arrival)
+            elif isinstance(event, Ended):
+                del lines[event.request_id]
+            else:
+                line.queue_ms = event.queue_ms

@@ -46,10 +46,10 @@ from npc_runtime.engine.pace import Pace
 from npc_runtime.engine.runner import Runner
 from npc_runtime.engine.sampler import sample
 from npc_runtime.engine.scheduler import PlannedRow, Scheduler
-from npc_runtime.engine.speech import Speech
+from npc_runtime.engine.speech import Speech, overflow_of
 from npc_runtime.engine.tokenizer import ChatTokenizer
 from npc_runtime.engine.watchdog import Watchdog, trace
-from npc_runtime.errors import InternalError, OverloadError, WireError
+from npc_runtime.errors import OverloadError, WireError
 
 __all__ = ["Engine"]
 
@@ -112,7 +112,8 @@ class Engine:
         self._step_under_way: int | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         limit = MAX_STEP_TICKS.get(self._device.type, MAX_STEP_TICKS["cpu"])
-        self._watchdog = Watchdog(lambda: self._step_under_way, self._give_up_step, limit=limit, tick_s=TICK_S)
+        watched = {"a step": lambda: self._step_under_way, "a copy to the device": lambda: adapters.copy_under_way}
+        self._watchdog = Watchdog(watched, self._give_up, limit=limit, tick_s=TICK_S)
 
     def warm(self, on_progress: Callable[[float], None]) -> None:
         """Let no line wait for what could have been prepared; before `start`. Worth its seconds on a GPU only."""
@@ -216,10 +217,11 @@ class Engine:
         finally:
             self._step_under_way = None
 
-    def _give_up_step(self) -> None:
-        """The thread hangs in a step: on the watchdog's thread."""
-        logger.critical("a step does not come back, the device hangs; the engine thread is in\n%s", trace(self._thread))
-        self._die(DeviceLost("A step does not come back."))
+    def _give_up(self, what: str) -> None:
+        """The device hangs, and with it the thread or the loader: on the watchdog's thread."""
+        where = trace(self._thread)
+        logger.critical("%s does not come back, the device hangs; the engine thread is in\n%s", what, where)
+        self._die(DeviceLost(f"{what} does not come back."))
 
     def _die(self, error: BaseException) -> None:
         """End every line, in place of the thread; the first who finds that it has to be done says so."""
@@ -346,13 +348,12 @@ class Engine:
 
     def _run_rows(self, rows: list[PlannedRow], events: list[Event]) -> None:
         started_at = self._clock()
-        num_spoken = sum(row.samples for row in rows)
-        num_read = sum(row.num_tokens for row in rows if not row.sequence.speaks)
-        self._pace.began(started_at, num_spoken=num_spoken, num_read=num_read)
+        sampling = [row.sequence for row in rows if row.samples]
+        num_read = sum(row.stop - row.start for row in rows) - len(sampling)
+        self._pace.began(started_at, num_spoken=len(sampling), num_read=num_read)
         new = [row.sequence for row in rows if row.sequence.started_at is None]
         events += [self._speech.start(sequence, started_at, len(rows)) for sequence in new]
         logits = self._runner.forward(rows)
-        sampling = [row.sequence for row in rows if row.samples]
         tokens = sample(logits, sampling, self._speech.eos_ids, self._runner.draw)
         now = self._clock()
         self._scheduler.computed(rows)
@@ -366,7 +367,7 @@ class Engine:
         for sequence, token in zip(sampling, tokens, strict=True):
             try:
                 if token < 0:
-                    raise _overflow(sequence)
+                    raise overflow_of(sequence)
                 events += self._speech.say(sequence, token, now)
                 reason, error = self._speech.why_over(sequence), None
             except Exception as problem:  # of this line's text alone; its neighbours go on
@@ -401,9 +402,3 @@ class Engine:
         failed = [*running, *waiting] if is_device_error(error) else running or waiting
         removed = self._scheduler.remove([sequence.request.id for sequence in failed])
         return [self._ended(sequence, EndReason.ERROR, as_wire(error)) for sequence in removed]
-
-
-def _overflow(sequence: Sequence) -> WireError:
-    adapter = sequence.request.adapter
-    what = f"the adapter of {adapter}" if adapter else "the base"
-    return InternalError(f"The numbers of {what} overflowed.", "It is damaged or diverged in training; replace it.")

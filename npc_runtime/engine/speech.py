@@ -3,9 +3,9 @@
 from npc_runtime.engine.core import Ended, EndReason, Request, Sequence, Spoken, Started
 from npc_runtime.engine.ending import LineText
 from npc_runtime.engine.tokenizer import ChatTokenizer
-from npc_runtime.errors import WireError
+from npc_runtime.errors import InternalError, WireError
 
-__all__ = ["Speech"]
+__all__ = ["Speech", "overflow_of"]
 
 
 class Speech:
@@ -69,3 +69,10 @@ class Speech:
             batch_avg=sequence.sum_rows / sequence.num_steps if sequence.num_steps else 0.0,
             error=error,
         )
+
+
+def overflow_of(sequence: Sequence) -> InternalError:
+    """What is told of a line whose logits are not finite."""
+    adapter = sequence.request.adapter
+    what = f"the adapter of {adapter}" if adapter else "the base"
+    return InternalError(f"The numbers of {what} overflowed.", "It is damaged or diverged in training; replace it.")

@@ -1,4 +1,4 @@
-"""Notices a step that does not come back: a GPU that hangs lets the engine thread wait for ever, without an error.
+"""Notices what does not come back: a GPU that hangs lets a thread wait for ever, without an error.
 
 Time is counted by waking up once a second, not by a clock: while a machine sleeps, or a debugger holds the process,
 nobody wakes up and nothing counts.
@@ -7,9 +7,13 @@ nobody wakes up and nothing counts.
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 __all__ = ["Patience", "Watchdog", "trace"]
+
+
+Find = Callable[[], int | None]
+"""Says the number of the step that is under way; None: there is none."""
 
 
 class Patience:
@@ -28,15 +32,14 @@ class Patience:
 
 
 class Watchdog:
-    """A thread that asks every `tick_s` seconds which step is under way, and calls `on_hang`, once, if it hangs."""
+    """A thread that asks every `tick_s` seconds what is under way, and calls `on_hang`, once, if something hangs."""
 
     def __init__(
-        self, find_step: Callable[[], int | None], on_hang: Callable[[], None], *, limit: int, tick_s: float
+        self, watched: Mapping[str, Find], on_hang: Callable[[str], None], *, limit: int, tick_s: float
     ) -> None:
-        """`find_step` numbers the steps, and is None while there is none; `on_hang` is called on this thread."""
-        self._find_step = find_step
+        """`on_hang` is called on this thread, with the name of what hangs."""
+        self._watched = [(name, find, Patience(limit)) for name, find in watched.items()]
         self._on_hang = on_hang
-        self._patience = Patience(limit)
         self._tick_s = tick_s
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="engine watchdog", daemon=True)
@@ -51,9 +54,10 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._stopped.wait(self._tick_s):
-            if self._patience.wake(self._find_step()):
-                self._on_hang()
-                return
+            for name, find, patience in self._watched:
+                if patience.wake(find()):
+                    self._on_hang(name)
+                    return
 
 
 def trace(thread: threading.Thread) -> str:
