@@ -39,6 +39,7 @@ __all__ = [
     "finish_qkv",
     "finish_residual",
     "head",
+    "join",
     "paged_attention",
     "plan",
     "prepare",
@@ -200,8 +201,7 @@ class Plan:
     def empty_rows(self, num_rows: int, *size: int, dtype: torch.dtype) -> Tensor:
         """The same for rows that a linear takes: those behind the step's tokens are zeros."""
         result = self.empty(num_rows, *size, dtype=dtype)
-        num_tokens = self.work.num_tokens
-        if num_rows > num_tokens:
+        if num_rows > (num_tokens := self.work.num_tokens):
             row_bytes = result.stride(0) * result.element_size()
             ctypes.memset(result.data_ptr() + num_tokens * row_bytes, 0, (num_rows - num_tokens) * row_bytes)
         return result
@@ -213,12 +213,16 @@ class Plan:
     def finish(self, kernel: Any, product: Product, span: LoraSpan, result: Tensor) -> Tensor:
         """Run a kernel that takes what a linear made of x, over all tiles."""
         parts, x = product.parts, product.x
-        assert all(part.is_contiguous() for part in (*parts, x))
-        outs = (ctypes.c_int64 * len(parts))(*(part.data_ptr() for part in parts))
-        if self.tape is not None:
-            self.tape.keep(outs)
+        out = parts[0]
+        assert out.is_contiguous()
+        assert x.is_contiguous()
         work = self.work
-        work.outs, work.out_rows, work.width = ctypes.addressof(outs), len(parts[0]), parts[0].shape[1]
+        work.out_rows, work.width = out.shape
+        work.out = out.data_ptr()
+        if len(parts) > 1:
+            assert self.tape is None
+            outs = (ctypes.c_int64 * len(parts))(*(part.data_ptr() for part in parts))
+            work.outs = ctypes.addressof(outs)
         work.x, work.in_features = x.data_ptr(), x.shape[1]
         work.span_start, work.num_slices, work.first_output = span.start, span.num_slices, span.first_output
         work.bias = 0 if product.bias is None else product.bias.data_ptr()

@@ -58,16 +58,17 @@ class PackedLinear:
         cut: Cut,  # of as many rows, or fewer: then x is padded
     ) -> tuple[Tensor, ...]:  # each (cut.size or fewer, out_features)
         """`x @ weight.T + bias`, part by part."""
-        if len(x) != cut.num_padded:
-            x = F.pad(x, (0, 0, 0, cut.num_padded - len(x)))
-        if cut.num_padded <= cut.size:
+        size, num_padded = cut
+        if x.shape[0] != num_padded:
+            x = F.pad(x, (0, 0, 0, num_padded - x.shape[0]))
+        if num_padded <= size:
             return (self._multiply(x),)
-        return tuple(self._multiply(part) for part in torch.split(x, cut.size))
+        return tuple(self._multiply(part) for part in torch.split(x, size))
 
     def _multiply(self, x: Tensor) -> Tensor:
         if self._weight is not None:
             return F.linear(x, self._weight, self._bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._packed, self._bias, "none", [], "")
         return out
 
 

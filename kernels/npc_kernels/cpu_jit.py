@@ -45,8 +45,8 @@ FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 NUMBERS = [
     *["element", "counter", "num_items", "num_tokens"],  # what is worked on
-    *["tiles", "token_ids", "hidden", "x", "result", "weight", "width"],
-    *["outs", "out_rows"],  # addresses of a linear's parts, and the rows of each
+    *["tiles", "token_ids", "hidden", "x", "out", "result", "weight", "width"],
+    *["outs", "out_rows"],  # of a linear in several parts: their addresses, and the rows of each
     *["pool", "page_size", "live", "num_live", "mask"],  # adapters
     *["multipliers", "num_outputs", "first_output", "first_pages", "bias"],  # DoRA
     *["span_start", "in_features", "num_slices", "slice0", "slice1", "slice2"],

@@ -134,7 +134,7 @@ def _finish_linear(w: Any, start: Any, stop: Any) -> Any:
     """
     out = array(w.wide_out, (w.num_tokens, w.width), F32(0))
     for t in range(start, stop):
-        part = array(w.outs, (t // w.out_rows + 1,), 0)[t // w.out_rows]
+        part = w.out if t < w.out_rows else array(w.outs, (t // w.out_rows + 1,), 0)[t // w.out_rows]
         _widen_row(array(part, (w.out_rows, w.width), w.element)[t % w.out_rows], out[t])
     mask = array(w.mask, (w.num_tokens, w.num_live), np.uint8(0))
     live = array(w.live, (w.num_live,), 0)
