@@ -1,4 +1,4 @@
-"""Who may come in, and where the casts of those who left wait."""
+"""What a hello has to show, and where the casts of those who left wait. Who may say one is the gate's business."""
 
 import hmac
 
