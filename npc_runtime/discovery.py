@@ -41,7 +41,7 @@ class Endpoint:
     pid: int
     token: str | None
     protocol: int
-    base: str
+    base: str  # as `--base` named it: the file is there before the base is
     log: str | None = None  # the file; None: stderr only
 
     @classmethod

@@ -14,7 +14,7 @@ import queue
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
@@ -97,12 +97,9 @@ class Log:
         sys.excepthook, threading.excepthook, sys.unraisablehook = _on_error, _on_thread_error, _on_unraisable
         logging.raiseExceptions = False  # a full disk must not end what it was told of
         logging.captureWarnings(True)
-        root = logging.getLogger()
-        root.setLevel(max(level, logging.INFO))
-        for name in OURS:
-            logging.getLogger(name).setLevel(level)
-        for name, quiet in QUIET.items():
-            logging.getLogger(name).setLevel(quiet)
+        wanted = {"": max(level, logging.INFO), **dict.fromkeys(OURS, level), **QUIET}
+        self._levels = {name: logging.getLogger(name).level for name in wanted}
+        _set_levels(wanted)
         self._add(self._stderr)
 
     def open_file(self, path: Path, *, is_wanted: bool) -> None:
@@ -167,6 +164,7 @@ class Log:
             logging.getLogger().removeHandler(self._file)
             self._file.close()
             self._file = None
+        _set_levels(self._levels)
 
     def _add(self, handler: logging.Handler) -> None:
         handler.setFormatter(self._formatter)
@@ -176,6 +174,11 @@ class Log:
         logging.getLogger().removeHandler(handler)
         handler.close()
         self._stderr = None
+
+
+def _set_levels(levels: Mapping[str, int]) -> None:
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 class _Formatter(logging.Formatter):

@@ -35,7 +35,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = {"torch", "triton", "transformers", "peft", "numpy", "safetensors"}
-THEIRS = {"tokenizers", "pip", "regex", "rich", "typer"}
+THEIRS = {"tokenizers", "huggingface_hub", "packaging", "psutil", "pip", "regex", "rich", "typer"}
 """Of our requirements, those that the allowed ones bring along."""
 
 BLOCKER = """

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import SIZES
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from npc_runtime.client import Client
 from npc_runtime.engine.base_folder import INDEX, is_complete
 from npc_runtime.engine.bases import base_name, find_base, resolve_base
 from npc_runtime.engine.hub import HubId, parse_hub_id
@@ -265,8 +266,11 @@ def test_commands_fetch_and_then_do_without_the_hub(hub, tmp_path, make_persona)
     assert "no model of that name" in wrong.stderr
 
 
-def test_a_daemon_speaks_with_a_base_of_the_hub(hub, tmp_path, make_persona, make_daemon):
+async def test_a_daemon_speaks_with_a_base_of_the_hub(hub, tmp_path, make_persona, make_daemon):
     make_persona("guard")
     daemon = make_daemon("--base", f"{REPO}@v1.0", "--personas", str(tmp_path / "personas"), "--dtype", "float32")
     assert daemon.endpoint, daemon.read_log()
-    assert daemon.endpoint["base"] == "Tiny-Model"
+    assert daemon.endpoint["base"] == f"{REPO}@v1.0"
+    async with await Client.connect(daemon.url, token=daemon.token) as client:
+        assert client.welcome.base.name == "Tiny-Model"
+        assert (await client.say("guard", "Hello.", max_tokens=3)).usage.completion > 0

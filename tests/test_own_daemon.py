@@ -6,6 +6,7 @@ import sys
 import pytest
 from conftest import MS
 
+from npc_runtime.client import Client
 from npc_runtime.errors import StartupError
 from npc_runtime.own_daemon import own_daemon, serve_options
 from npc_runtime.running import Target, ask_health
@@ -25,6 +26,8 @@ async def test_it_answers_until_the_command_is_over(make_persona, tmp_path):
     )
     async with own_daemon(options) as endpoint:
         target = Target(f"ws://127.0.0.1:{endpoint.port}/v1", endpoint.token)
+        async with await Client.connect(target.url, token=target.token) as client:  # waits for the base
+            assert (await client.say("guard", "Hello.", max_tokens=3)).usage.completion > 0
         assert ask_health(target, timeout_s=5_000 * MS).state == "well"
         assert os.getpgid(endpoint.pid) != os.getpgid(0)  # Ctrl-C goes to the terminal's group
     assert ask_health(target).state == "gone"

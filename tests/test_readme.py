@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def test_the_python_example_runs(daemon):
@@ -37,7 +37,7 @@ def test_the_persona_page_has_every_field_and_its_example_is_valid():
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert sorted(named) == sorted(field.alias or name for name, field in Persona.model_fields.items())
-    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (text,) = blocks("yaml", page)
     head = "schema: 1\nid: odo\ndisplay_name: Odo\nbio: B\n"
     assert Persona.parse((head + text).encode(), Path("odo")).asked_facts == ["day", "quest.dragon", "said", "speaker"]
 

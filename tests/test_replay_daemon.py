@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import MS, RunningDaemon, daemon_environment, start_daemon
 from game import line, play
-from test_readme import blocks
+from test_readme import ROOT, blocks
 
 from npc_runtime.client import Client
 from npc_runtime.persona import shipped_personas
@@ -258,8 +258,8 @@ sys.exit(7)
 """
 
 
-def test_the_readmes_example_for_ci_runs(recorded, tmp_path):
-    (code,) = blocks("sh")
+def test_the_docs_example_for_ci_runs(recorded, tmp_path):
+    (code,) = blocks("sh", (ROOT / "docs" / "daemon.md").read_text(encoding="utf-8"))
     (tmp_path / "tavern.jsonl").write_bytes(recorded[0].read_bytes())
     (tmp_path / "game").write_text(GAME.format(python=sys.executable))
     (tmp_path / "npc-runtime").write_text(f'#!/bin/sh\nexec {sys.executable} -P -m npc_runtime "$@"\n')
