@@ -25,6 +25,9 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 MS = float(os.environ.get("NPC_TEST_MS", "0.001"))
 """Seconds in a test's millisecond; raise it on a slow machine."""
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; daemons would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 RUNTIME_FOLDER = tempfile.TemporaryDirectory(prefix="npc-tests-")
 """Where the tests' daemons write their runtime files and logs, instead of the user's own folders."""
