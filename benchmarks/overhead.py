@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the daemon has it
 
 import torch
+from websockets.asyncio.client import connect
+from websockets.typing import Subprotocol
 
-from npc_runtime.client import Client
+from npc_runtime.codec import decode, encode, parse_server
 from npc_runtime.door import Door
 from npc_runtime.engine.core import Ended, EngineConfig, Request, Spoken, StepOutput
 from npc_runtime.engine.engine import Engine
 from npc_runtime.gate import Gate
-from npc_runtime.loading import load_adapters, load_base, load_library, make_store
-from npc_runtime.persona import shipped_personas
+from npc_runtime.loading import load_adapters, load_base, make_store
+from npc_runtime.persona import Library, shipped_personas
 from npc_runtime.persona_folder import PersonaFolder
-from npc_runtime.protocol import BaseModelInfo, DeltaItem
+from npc_runtime.protocol import (
+    PROTOCOL_VERSION,
+    SUBPROTOCOLS,
+    BaseModelInfo,
+    Delta,
+    Generate,
+    Hello,
+    LineRequest,
+    LineSampling,
+    Input,
+)
 from npc_runtime.server import NpcServer
 from npc_runtime.stage import DaemonInfo, Stage
 
@@ -94,23 +107,45 @@ class Tap:
 
 
 async def speak(url: str, *, npcs: int, rounds: int, as_json: bool) -> None:
-    """The client's process: a batch for every line read from stdin; what was seen goes to stdout."""
-    async with await Client.connect(url, json_frames=as_json) as client:
-        for _ in range(rounds):
+    """The client's process: a batch for every line read from stdin; what was seen goes to stdout.
+
+    Frames are kept, and read when the round is over: a game has a core of its own for that, this machine may not.
+    """
+    subprotocol = SUBPROTOCOLS[1 if as_json else 0]
+    wanted = [Subprotocol(subprotocol)]
+    async with connect(url, subprotocols=wanted, compression=None, ping_interval=None, proxy=None) as socket_:
+        await socket_.send(encode(Hello(protocol=PROTOCOL_VERSION), subprotocol))
+        await socket_.recv()
+        for number in range(rounds):
             await asyncio.to_thread(sys.stdin.readline)
-            sampling = {"trim": "none", "min_tokens": NEW_TOKENS, "max_tokens": NEW_TOKENS, "temperature": 0.0}
-            text = {"text": "What is new in town?"}
+            sampling = LineSampling(trim="none", min_tokens=NEW_TOKENS, max_tokens=NEW_TOKENS, temperature=0.0)
+            text = Input(text="What is new in town?")
             lines = [
-                {"line": n, "persona": PERSONAS[n % len(PERSONAS)], "input": text, "sampling": sampling}
+                LineRequest(line=n, persona=PERSONAS[n % len(PERSONAS)], input=text, sampling=sampling)
                 for n in range(npcs)
             ]
-            seen: Seen = defaultdict(list)
+            batch = encode(Generate(batch=number, lines=lines), subprotocol)
+            frames: list[tuple[float, bytes | str]] = []
             started = time.monotonic()
-            async for event in await client.generate(lines):
-                if isinstance(event, DeltaItem):
-                    so_far = seen[event.line][-1][0] if seen[event.line] else 0
-                    seen[event.line].append((so_far + len(event.text), time.monotonic()))
-            print(json.dumps({"s": time.monotonic() - started, "seen": list(seen.items())}), flush=True)
+            await socket_.send(batch)
+            while True:
+                frame = await socket_.recv()
+                frames.append((time.monotonic(), frame))
+                if (b"batch.end" if isinstance(frame, bytes) else "batch.end") in frame:  # type: ignore[operator]
+                    break
+            seen = read(frames, subprotocol)
+            print(json.dumps({"s": frames[-1][0] - started, "seen": list(seen.items())}), flush=True)
+
+
+def read(frames: Iterable[tuple[float, bytes | str]], subprotocol: str) -> Seen:
+    """What the frames of a round say."""
+    seen: Seen = defaultdict(list)
+    for at, frame in frames:
+        message = parse_server(decode(frame, subprotocol))
+        for item in message.items if isinstance(message, Delta) else []:
+            so_far = seen[item.line][-1][0] if seen[item.line] else 0
+            seen[item.line].append((so_far + len(item.text), at))
+    return seen
 
 
 def lateness(spoken: Seen, heard: Seen) -> list[float]:
@@ -168,7 +203,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
     base = load_base("smollm2-135m", "auto", lambda label, fraction: None)
     config = EngineConfig()
     store = make_store(base.decoder.shape, base.device, config, base.info.folder)
-    library = load_library(shipped_personas())
+    library = Library.load(shipped_personas())
     load_adapters(store, library, base.info.name)
     tap = Tap()
     engine = Engine(base.decoder, base.tokenizer, store, config, on_step=tap.on_step)

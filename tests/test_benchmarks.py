@@ -1,6 +1,7 @@
 """The bench scripts without the peers: options, adapters and their GGUF form, prompts, turns, JSON, picture."""
 
 import json
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -17,6 +18,8 @@ from report import results_of, skipped_of, tables_of
 from workload import Cell, Measured, default_grid, make_adapter, prompts_of
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the bench stops processes by POSIX signals")
+
+ROOT = Path(__file__).parents[1]
 
 CONFIG = {
     "hidden_size": 48,
@@ -231,3 +234,14 @@ def test_the_picture_is_well_formed_and_says_the_ratio():
     assert "llama-server (Q4_1)" in words
     assert len(list(root.iter("{http://www.w3.org/2000/svg}rect"))) == 3
     assert ElementTree.fromstring(draw({"machine": MACHINE, "results": []})) is not None
+
+
+def test_the_overhead_is_measured_from_end_to_end():
+    """Three lines, two rounds; a text cannot arrive before it is made, nor much later than its tick."""
+    options = [ROOT / "benchmarks" / "overhead.py", "--npcs", "3", "--rounds", "1", "--json-frames"]
+    done = subprocess.run([sys.executable, "-P", *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    body = json.loads(done.stdout.splitlines()[-1])
+    assert body["direct_tokens_per_s"] > 0
+    assert 0.1 < body["share"] < 10
+    assert 0 < body["late_p50_ms"] <= body["late_p99_ms"] < 5_000
