@@ -48,9 +48,9 @@ from npc_runtime.protocol import (
     Delta,
     Generate,
     Hello,
+    Input,
     LineRequest,
     LineSampling,
-    Input,
 )
 from npc_runtime.server import NpcServer
 from npc_runtime.stage import DaemonInfo, Stage
